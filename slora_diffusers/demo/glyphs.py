@@ -1,0 +1,140 @@
+"""The demo's images: capitals drawn from the typefaces that matplotlib ships (DejaVu, STIX, Computer Modern).
+
+A *face* is a font file and the alphabet to take from it: the plain capitals, or one of Unicode's mathematical
+alphabets, which is where STIX keeps its script, calligraphic and double-struck letters.
+`PRETRAINING_FACES` are what the base model sees. `NEW_STYLES` are never shown to it; the adapter is trained on
+`SEEN_LETTERS` of one of them and judged on `HELD_OUT_LETTERS` of the same face.
+"""
+
+from __future__ import annotations
+
+import string
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+IMAGE_SIZE = 32
+LETTERS = string.ascii_uppercase  # class id = position in the alphabet
+SEEN_LETTERS = LETTERS[0::2]  # A C E ... Y: what the adapter is trained on
+HELD_OUT_LETTERS = LETTERS[1::2]  # B D F ... Z: what it is judged on
+
+_SUPERSAMPLING = 4  # glyphs are drawn this much larger, transformed, then averaged down
+_EM_PIXELS = 27  # size of the em square in the final image: capitals are about 20 pixels high
+_MARGIN = 1  # pixels left free on every side: wider glyphs are shrunk
+
+
+@dataclass(frozen=True)
+class Face:
+    """One typeface: `font` is a file stem, `alphabet` a Unicode name prefix, a first code point, or None (A to Z)."""
+
+    name: str
+    font: str
+    alphabet: str | int | None = None
+
+    def character(self, letter: str) -> str:
+        """The code point that draws `letter` in this face."""
+        if self.alphabet is None:
+            return letter
+        if isinstance(self.alphabet, int):  # a private-use block, in alphabetical order
+            return chr(self.alphabet + LETTERS.index(letter))
+        try:
+            return unicodedata.lookup(f"MATHEMATICAL {self.alphabet} CAPITAL {letter}")
+        except KeyError:  # Unicode put some letters in an older block: SCRIPT CAPITAL B, BLACK-LETTER CAPITAL C, ...
+            return unicodedata.lookup(f"{self.alphabet.replace('FRAKTUR', 'BLACK-LETTER')} CAPITAL {letter}")
+
+
+_PLAIN_FONTS = (
+    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+    *("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10", "cmmi10"),
+)
+PRETRAINING_FACES = (
+    *(Face(font, font) for font in _PLAIN_FONTS),
+    Face("DejaVu double-struck", "DejaVuSans", "DOUBLE-STRUCK"),
+    Face("STIX double-struck", "STIXGeneral", "DOUBLE-STRUCK"),
+    Face("STIX sans", "STIXGeneral", "SANS-SERIF"),
+    Face("STIX sans bold", "STIXGeneralBol", "SANS-SERIF BOLD"),
+    Face("STIX sans italic", "STIXGeneralItalic", "SANS-SERIF ITALIC"),
+    Face("STIX sans bold italic", "STIXGeneralBolIta", "SANS-SERIF BOLD ITALIC"),
+    Face("STIX mono", "STIXGeneral", "MONOSPACE"),
+)
+# No script, calligraphic or black-letter face is in the list above, so each of these is new to the base.
+NEW_STYLES = {
+    "script": Face("STIX bold script", "STIXGeneralBolIta", "BOLD SCRIPT"),
+    "calligraphic": Face("STIX bold calligraphic", "STIXNonUniBolIta", 0xE247),
+    "fraktur": Face("STIX bold fraktur", "STIXGeneralBol", "BOLD FRAKTUR"),
+}
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """A mild change of a glyph: `shift` in pixels, `scale` per axis, `shear` (dx per dy), extra stroke `weight`."""
+
+    shift: tuple[float, float] = (0.0, 0.0)
+    scale: tuple[float, float] = (1.0, 1.0)
+    shear: float = 0.0
+    weight: int = 0  # in supersampled pixels
+
+    @staticmethod
+    def sample(rng: np.random.Generator) -> Jitter:
+        x, y = rng.uniform(-1, 1, 2)
+        size, aspect = rng.uniform(0.92, 1.06), rng.uniform(0.96, 1.04)
+        return Jitter((x, y), (size * aspect, size / aspect), rng.uniform(-0.06, 0.06), int(rng.integers(0, 2)))
+
+
+@lru_cache(maxsize=64)
+def _font(stem: str, pixels: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{stem}.ttf"), pixels)
+
+
+def render_glyph(face: Face, letter: str, jitter: Jitter | None = None) -> np.ndarray:
+    """One centred glyph, white on black: uint8 (32, 32)."""
+    jitter = jitter or Jitter()
+    font, character = _font(face.font, _EM_PIXELS * _SUPERSAMPLING), face.character(letter)
+    left, top, right, bottom = font.getbbox(character, stroke_width=jitter.weight)
+    side = IMAGE_SIZE * _SUPERSAMPLING
+    room = side - 2 * _MARGIN * _SUPERSAMPLING
+    canvas = Image.new("L", (2 * side, 2 * side))
+    origin = (side - (left + right) / 2, side - (top + bottom) / 2)
+    ImageDraw.Draw(canvas).text(origin, character, font=font, fill=255, stroke_width=jitter.weight)
+
+    fit = min(1.0, room / (right - left), room / (bottom - top))
+    scale_x, scale_y = (fit * factor for factor in jitter.scale)
+    shift_x, shift_y = (side / 2 + _SUPERSAMPLING * shift for shift in jitter.shift)
+    # PIL maps each output pixel (x, y) to the input: undo the shift, then the scale and the shear, around the centre.
+    a, b, e = 1 / scale_x, jitter.shear / scale_x, 1 / scale_y
+    inverse = (a, b, side - a * shift_x - b * shift_y, 0.0, e, side - e * shift_y)
+    canvas = canvas.transform((side, side), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
+    return np.asarray(canvas.reduce(_SUPERSAMPLING))
+
+
+def glyph_images(
+    faces: Sequence[Face], letters: str = LETTERS, variations: int = 0, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every letter of every face: uint8 images (N, 32, 32) and class ids (N,).
+
+    Args:
+        faces: The faces to draw.
+        letters: The capitals to draw.
+        variations: Jittered copies of each glyph; 0 draws each once, unchanged.
+        seed: Seeds the jitter.
+    """
+    rng = np.random.default_rng(seed)
+    jitters = lambda: [Jitter.sample(rng) for _ in range(variations)] if variations else [None]  # noqa: E731
+    drawn = [(render_glyph(f, c, j), LETTERS.index(c)) for f in faces for c in letters for j in jitters()]
+    images, labels = zip(*drawn, strict=True)
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images (N, 32, 32) -> what a VAE reads: float RGB in [-1, 1], (N, 3, 32, 32)."""
+    return (images.float() / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
