@@ -83,6 +83,9 @@ ENCODER_FEED_FORWARD = (_output("net.0.proj", "encoder_feed_forward"),)
 ARCHITECTURES: dict[str, Architecture] = {}
 """Model class name -> its record."""
 
+REFUSED: dict[str, str] = {}
+"""Model class name -> why no pair can serve it exactly."""
+
 
 def register_architecture(record: Architecture) -> Architecture:
     """Add a record for a family of models, or replace the one its class names have.

@@ -1,0 +1,94 @@
+"""What holds for one call only: the scale, on or off, and which adapter serves which sample.
+
+The state lives in a context variable, so that it nests, ends with its `with` block whatever happens inside, is never
+seen by another thread, and changes nothing in the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Call:
+    """The state of one call.
+
+    Args:
+        scale: Factor on every active adapter; 0 gives the base exactly.
+        samples: Adapter name (or None for the base) of each sample of the batch; None: all samples alike.
+        batch: Batch size that the model was called with, known inside the call.
+        stacks: Per-pair operands of `samples`, filled on first use and dropped with the call.
+        outer: The state that holds again when this one ends.
+        forward: Whether the model's own forward opened this state, and so closes it.
+    """
+
+    scale: float = 1.0
+    samples: tuple[str | None, ...] | None = None
+    batch: int | None = None
+    stacks: dict[Any, tuple[torch.Tensor, torch.Tensor]] | None = None
+    outer: Call | None = None
+    forward: bool = False
+
+
+NEUTRAL = Call()
+
+
+class CallState:
+    """The calls in progress on one model, shared by all its pairs. Copies and pickles start neutral."""
+
+    def __init__(self) -> None:
+        self._current: ContextVar[Call] = ContextVar("serial_lora_call", default=NEUTRAL)
+        self._lock = threading.Lock()
+        self.entered = 0  # how many states are open, in any thread
+        self.fused = False  # whether the adapters are merged into the weights, where no call can scale them
+
+    def current(self) -> Call:
+        """The state that holds here and now."""
+        # Dynamo cannot trace a context variable. With no block open the state is neutral, which it can guard on; with
+        # one open it breaks the graph here (correct, in eager) or, under fullgraph=True, refuses.
+        if torch.compiler.is_compiling() and not self.entered:
+            return NEUTRAL
+        return self._current.get()
+
+    def push(self, **changes: Any) -> Call:
+        """Open a state: the current one with some fields replaced. `pop` closes it; `changed` does both."""
+        outer = self._current.get()
+        call = replace(outer, **{"outer": outer, "forward": False, **changes})
+        with self._lock:
+            self.entered += 1
+        self._current.set(call)
+        return call
+
+    def pop(self, call: Call) -> None:
+        """Close the state that `push` opened, and all that were left open inside it."""
+        with self._lock:
+            self.entered -= 1
+        self._current.set(call.outer or NEUTRAL)
+
+    @contextmanager
+    def changed(self, **changes: Any) -> Iterator[None]:
+        """The current state with some fields replaced, inside a `with` block."""
+        call = self.push(**changes)
+        try:
+            yield
+        finally:
+            self.pop(call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallState:
+        copy = memo[id(self)] = CallState()
+        copy.fused = self.fused
+        return copy
+
+    def __getstate__(self) -> dict[str, bool]:
+        return {"fused": self.fused}
+
+    def __setstate__(self, state: dict[str, bool]) -> None:
+        self.__init__()
+        self.fused = state["fused"]

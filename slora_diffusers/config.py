@@ -1,0 +1,127 @@
+"""The settings of one adapter: a frozen dataclass that goes into the adapter's file as JSON."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import SerialLoraError
+
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass(frozen=True)
+class SerialLoraConfig:
+    """Settings of one Serial LoRA adapter: `x~ = (I + s B A) x` with `s = alpha / r`.
+
+    Args:
+        rank: Rank r of every pair.
+        alpha: Numerator of the scale s; `None` means each pair's own rank, so that s = 1.
+        dropout: Probability of dropping an element of the pair's input while training, in [0, 1).
+        inputs: Names of the inputs that get a pair, e.g. `("hidden_states", "attention_output")`; `None` takes all
+            that the architecture's record names, without the optional ones.
+        targets: Regular expression(s) of the sites to adapt, anchored at both ends; `None` takes all.
+        exclude: Regular expression(s) of the sites to leave out, anchored at both ends.
+        layers: Index or indices of the blocks to adapt (the first number in a site's path); `None` takes all.
+        rank_pattern: {regular expression of a site: rank}, overriding `rank` there; the first match counts.
+        alpha_pattern: {regular expression of a site: alpha}, overriding `alpha` there; the first match counts.
+        rslora: Scale by alpha / sqrt(r) instead (rank-stabilised, arXiv 2312.03732).
+        init: Distribution of A: "kaiming" (uniform, a = sqrt(5), as LoRA's) or "gaussian" (N(0, 1 / r)). B is zero.
+
+    Raises:
+        SerialLoraError: If a value is out of range or a regular expression does not compile.
+
+    Source: Zhong et al., Serial Low-rank Adaptation of Vision Transformer, arXiv 2503.17750.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    inputs: Sequence[str] | None = None
+    targets: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    layers: int | Sequence[int] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    init: str = "kaiming"
+
+    def __post_init__(self) -> None:
+        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise SerialLoraError(f"rank must be a whole number of at least 1; got {rank!r} for {name!r}.")
+        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):
+                raise SerialLoraError(f"alpha must be a finite number or None; got {alpha!r} for {name!r}.")
+        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
+            raise SerialLoraError(f"dropout must lie in [0, 1); got {self.dropout!r}.")
+        if self.init not in INITS:
+            raise SerialLoraError(f"init must be one of {', '.join(INITS)}; got {self.init!r}.")
+        for name in ("inputs", "targets", "exclude", "layers"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        for pattern in (*(self.targets or ()), *(self.exclude or ()), *self.rank_pattern, *self.alpha_pattern):
+            compile_pattern(pattern)
+
+    def selects(self, path: str) -> bool:
+        """Whether the site at `path` is among `targets` and `layers`, and not in `exclude`."""
+        if self.targets is not None and not any(matches(pattern, path) for pattern in self.targets):
+            return False
+        if self.exclude is not None and any(matches(pattern, path) for pattern in self.exclude):
+            return False
+        return self.layers is None or block_index(path) in self.layers
+
+    def rank_of(self, path: str) -> int:
+        """Rank r of the pairs at the site `path`."""
+        return next((rank for pattern, rank in self.rank_pattern.items() if matches(pattern, path)), self.rank)
+
+    def scaling_of(self, path: str, rank: int | None = None) -> float:
+        """Scale s of the pairs at the site `path`: alpha / r, or alpha / sqrt(r) with `rslora`."""
+        rank = self.rank_of(path) if rank is None else rank
+        alpha = next((a for pattern, a in self.alpha_pattern.items() if matches(pattern, path)), self.alpha)
+        alpha = rank if alpha is None else alpha
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values; `from_dict` reads them back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SerialLoraConfig:
+        """Build a config from `to_dict`'s values. Fields that this version does not know are warned of and dropped."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(
+                f"SerialLoraConfig does not know {', '.join(unknown)}: the file was written by a newer version of "
+                f"slora_diffusers, and these settings are ignored.",
+                stacklevel=2,
+            )
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...] | None:
+    if value is None:
+        return None
+    return (value,) if isinstance(value, str | int) else tuple(value)
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a regular expression of sites; a bad one raises SerialLoraError."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise SerialLoraError(f"{pattern!r} is not a regular expression of sites: {error}.") from error
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression, anchored at both ends, matches the path of a site."""
+    return compile_pattern(pattern).fullmatch(path) is not None
+
+
+def block_index(path: str) -> int | None:
+    """The first number among the components of a site's path: the index of its block."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
