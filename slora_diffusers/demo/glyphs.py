@@ -26,7 +26,9 @@ SEEN_LETTERS = LETTERS[0::2]  # A C E ... Y: what the adapter is trained on
 HELD_OUT_LETTERS = LETTERS[1::2]  # B D F ... Z: what it is judged on
 
 _SUPERSAMPLING = 4  # glyphs are drawn this much larger, transformed, then averaged down
-_EM_PIXELS = 27  # size of the em square in the final image: capitals are about 20 pixels high
+_EM_PIXELS = (
+    27  # size of the em square in the final image: capitals are about 20 pixels high
+)
 _MARGIN = 1  # pixels left free on every side: wider glyphs are shrunk
 
 
@@ -47,7 +49,9 @@ class Face:
         try:
             return unicodedata.lookup(f"MATHEMATICAL {self.alphabet} CAPITAL {letter}")
         except KeyError:  # Unicode put some letters in an older block: SCRIPT CAPITAL B, BLACK-LETTER CAPITAL C, ...
-            return unicodedata.lookup(f"{self.alphabet.replace('FRAKTUR', 'BLACK-LETTER')} CAPITAL {letter}")
+            return unicodedata.lookup(
+                f"{self.alphabet.replace('FRAKTUR', 'BLACK-LETTER')} CAPITAL {letter}"
+            )
 
 
 _PLAIN_FONTS = (
@@ -88,24 +92,36 @@ class Jitter:
     def sample(rng: np.random.Generator) -> Jitter:
         x, y = rng.uniform(-1, 1, 2)
         size, aspect = rng.uniform(0.92, 1.06), rng.uniform(0.96, 1.04)
-        return Jitter((x, y), (size * aspect, size / aspect), rng.uniform(-0.06, 0.06), int(rng.integers(0, 2)))
+        return Jitter(
+            (x, y),
+            (size * aspect, size / aspect),
+            rng.uniform(-0.06, 0.06),
+            int(rng.integers(0, 2)),
+        )
 
 
 @lru_cache(maxsize=64)
-def _font(stem: str, pixels: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{stem}.ttf"), pixels)
+def load_font(stem: str, pixels: int) -> ImageFont.FreeTypeFont:
+    """One of matplotlib's fonts, by file stem, with an em of `pixels`."""
+    return ImageFont.truetype(
+        Path(matplotlib.get_data_path(), "fonts", "ttf", f"{stem}.ttf"), pixels
+    )
 
 
-def render_glyph(face: Face, letter: str, jitter: Jitter | None = None) -> np.ndarray:
+def render_glyph(face: Face, letter: str, jitter: Jitter = Jitter()) -> np.ndarray:
     """One centred glyph, white on black: uint8 (32, 32)."""
-    jitter = jitter or Jitter()
-    font, character = _font(face.font, _EM_PIXELS * _SUPERSAMPLING), face.character(letter)
+    font, character = (
+        load_font(face.font, _EM_PIXELS * _SUPERSAMPLING),
+        face.character(letter),
+    )
     left, top, right, bottom = font.getbbox(character, stroke_width=jitter.weight)
     side = IMAGE_SIZE * _SUPERSAMPLING
     room = side - 2 * _MARGIN * _SUPERSAMPLING
     canvas = Image.new("L", (2 * side, 2 * side))
     origin = (side - (left + right) / 2, side - (top + bottom) / 2)
-    ImageDraw.Draw(canvas).text(origin, character, font=font, fill=255, stroke_width=jitter.weight)
+    ImageDraw.Draw(canvas).text(
+        origin, character, font=font, fill=255, stroke_width=jitter.weight
+    )
 
     fit = min(1.0, room / (right - left), room / (bottom - top))
     scale_x, scale_y = (fit * factor for factor in jitter.scale)
@@ -113,7 +129,9 @@ def render_glyph(face: Face, letter: str, jitter: Jitter | None = None) -> np.nd
     # PIL maps each output pixel (x, y) to the input: undo the shift, then the scale and the shear, around the centre.
     a, b, e = 1 / scale_x, jitter.shear / scale_x, 1 / scale_y
     inverse = (a, b, side - a * shift_x - b * shift_y, 0.0, e, side - e * shift_y)
-    canvas = canvas.transform((side, side), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
+    canvas = canvas.transform(
+        (side, side), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC
+    )
     return np.asarray(canvas.reduce(_SUPERSAMPLING))
 
 
@@ -129,9 +147,12 @@ def glyph_images(
         seed: Seeds the jitter.
     """
     rng = np.random.default_rng(seed)
-    jitters = lambda: [Jitter.sample(rng) for _ in range(variations)] if variations else [None]  # noqa: E731
-    drawn = [(render_glyph(f, c, j), LETTERS.index(c)) for f in faces for c in letters for j in jitters()]
-    images, labels = zip(*drawn, strict=True)
+    images, labels = [], []
+    for face in faces:
+        for letter in letters:
+            jitters = [Jitter.sample(rng) for _ in range(variations)] or [Jitter()]
+            images += [render_glyph(face, letter, jitter) for jitter in jitters]
+            labels += [LETTERS.index(letter)] * len(jitters)
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
