@@ -26,24 +26,15 @@ def test_letters_are_split_into_two_disjoint_halves():
 
 
 def test_new_styles_draw_no_character_that_pretraining_draws():
-    drawn = {
-        (face.font, face.character(letter))
-        for face in PRETRAINING_FACES
-        for letter in LETTERS
-    }
+    drawn = {(face.font, face.character(letter)) for face in PRETRAINING_FACES for letter in LETTERS}
     for style in NEW_STYLES.values():
-        assert drawn.isdisjoint(
-            (style.font, style.character(letter)) for letter in LETTERS
-        ), style.name
+        assert drawn.isdisjoint((style.font, style.character(letter)) for letter in LETTERS), style.name
 
 
 def test_no_pretraining_glyph_equals_a_glyph_of_a_new_style():
     known = glyph_images(PRETRAINING_FACES)[0].flatten(1)
     for style in NEW_STYLES.values():
-        distance = (
-            torch.cdist(glyph_images([style])[0].flatten(1).float(), known.float(), p=1)
-            / 255
-        )
+        distance = torch.cdist(glyph_images([style])[0].flatten(1).float(), known.float(), p=1) / 255
         assert distance.min() > 20, style.name  # pixels of ink; a letter has about 150
 
 
@@ -55,9 +46,7 @@ def test_face_draws_26_distinct_letters_inside_the_frame(face):
     ink = (images > 127).flatten(1).sum(1)
     assert ink.min() >= 30 and ink.max() <= 500
     assert len({image.numpy().tobytes() for image in images}) == 26
-    border = torch.cat(
-        [images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], dim=1
-    )
+    border = torch.cat([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], dim=1)
     assert border.max() <= 64  # nothing is cut off
 
 
@@ -70,9 +59,7 @@ def test_glyph_is_what_pillow_draws():
     canvas = Image.new("L", (128, 128))
     ImageDraw.Draw(canvas).text((64, 64), "H", font=font, fill=255, anchor="mm")
     canvas = canvas.crop(canvas.getbbox())
-    drawn = render_glyph(
-        next(face for face in PRETRAINING_FACES if face.name == "DejaVuSans-Bold"), "H"
-    )
+    drawn = render_glyph(next(face for face in PRETRAINING_FACES if face.name == "DejaVuSans-Bold"), "H")
     rows, columns = np.nonzero(drawn > 127)
     assert abs((rows.max() - rows.min() + 1) - canvas.height / 4) <= 1
     assert abs((columns.max() - columns.min() + 1) - canvas.width / 4) <= 1
@@ -85,9 +72,7 @@ def test_jitter_moves_and_thickens_as_it_says():
     moved = render_glyph(face, "H", Jitter(shift=(2.0, -1.0))).astype(float)
     np.testing.assert_allclose(moved[:-1, 2:], plain[1:, :-2], atol=2)
     assert render_glyph(face, "H", Jitter(weight=2)).sum() > 1.2 * plain.sum()
-    assert render_glyph(face, "H", Jitter(scale=(0.8, 0.8))).sum() == pytest.approx(
-        0.64 * plain.sum(), rel=0.05
-    )
+    assert render_glyph(face, "H", Jitter(scale=(0.8, 0.8))).sum() == pytest.approx(0.64 * plain.sum(), rel=0.05)
 
 
 def test_variations_repeat_from_the_seed_and_differ_from_each_other():

@@ -28,10 +28,7 @@ def brute_force_iou(image, truth, max_shift):
 def test_best_iou_equals_brute_force(max_shift):
     torch.manual_seed(max_shift)
     images, truth = torch.rand(4, 7, 9), torch.rand(4, 7, 9)
-    expected = [
-        brute_force_iou(a, b, max_shift)
-        for a, b in zip(images.numpy(), truth.numpy(), strict=True)
-    ]
+    expected = [brute_force_iou(a, b, max_shift) for a, b in zip(images.numpy(), truth.numpy(), strict=True)]
     assert best_iou(images, truth, max_shift).tolist() == pytest.approx(expected)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,25 +61,16 @@ def load_base() -> DiTPipeline:
 @torch.no_grad()
 def encode(pipe: DiTPipeline, images: torch.Tensor) -> torch.Tensor:
     """Scaled latents (N, C, h, w) of uint8 glyphs (N, H, W)."""
-    latents = [
-        pipe.vae.encode(to_pixels(batch)).latent_dist.mode()
-        for batch in images.split(128)
-    ]
+    latents = [pipe.vae.encode(to_pixels(batch)).latent_dist.mode() for batch in images.split(128)]
     return torch.cat(latents) * pipe.vae.config.scaling_factor
 
 
-def finetune(
-    pipe: DiTPipeline, parameters: Iterable[nn.Parameter], style: Face, setting: Setting
-) -> Iterator[float]:
+def finetune(pipe: DiTPipeline, parameters: Iterable[nn.Parameter], style: Face, setting: Setting) -> Iterator[float]:
     """Trains `parameters` on the seen letters of `style`; yields the loss of every step."""
-    latents, labels = _examples(
-        pipe, style, SEEN_LETTERS, setting.variations, setting.seed
-    )
+    latents, labels = _examples(pipe, style, SEEN_LETTERS, setting.variations, setting.seed)
     objective = objective_for(pipe.scheduler)
     parameters = list(parameters)
-    optimizer = torch.optim.AdamW(
-        parameters, setting.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(parameters, setting.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         setting.learning_rate,
@@ -91,15 +82,11 @@ def finetune(
         draw = generator(setting.seed, "demo", step)
         chosen = torch.randint(len(latents), (setting.batch_size,), generator=draw)
         x0, c = latents[chosen], labels[chosen]
-        c = c.masked_fill(
-            torch.rand(len(c), generator=draw) < setting.label_dropout, NULL_CLASS
-        )
+        c = c.masked_fill(torch.rand(len(c), generator=draw) < setting.label_dropout, NULL_CLASS)
         times = objective.sample_times([draw] * len(x0))
         noise = torch.randn(x0.shape, generator=draw)
         xt = objective.add_noise(x0, noise, times)
-        output = pipe.transformer(
-            xt, timestep=objective.timesteps(times), class_labels=c
-        ).sample
+        output = pipe.transformer(xt, timestep=objective.timesteps(times), class_labels=c).sample
         loss = objective.loss(output, x0, noise, xt, times).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -140,13 +127,9 @@ def denoising_loss(
     total = 0.0
     for index, time in enumerate(objective.stratified_times(times)):
         t = time.expand(len(latents))
-        noise = torch.randn(
-            latents.shape, generator=generator(seed, "demo evaluation", index)
-        )
+        noise = torch.randn(latents.shape, generator=generator(seed, "demo evaluation", index))
         xt = objective.add_noise(latents, noise, t)
-        output = pipe.transformer(
-            xt, timestep=objective.timesteps(t), class_labels=labels
-        ).sample
+        output = pipe.transformer(xt, timestep=objective.timesteps(t), class_labels=labels).sample
         total += objective.loss(output, latents, noise, xt, t).mean().item()
     return total / times
 

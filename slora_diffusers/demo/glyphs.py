@@ -26,9 +26,7 @@ SEEN_LETTERS = LETTERS[0::2]  # A C E ... Y: what the adapter is trained on
 HELD_OUT_LETTERS = LETTERS[1::2]  # B D F ... Z: what it is judged on
 
 _SUPERSAMPLING = 4  # glyphs are drawn this much larger, transformed, then averaged down
-_EM_PIXELS = (
-    27  # size of the em square in the final image: capitals are about 20 pixels high
-)
+_EM_PIXELS = 27  # size of the em square in the final image: capitals are about 20 pixels high
 _MARGIN = 1  # pixels left free on every side: wider glyphs are shrunk
 
 
@@ -49,9 +47,7 @@ class Face:
         try:
             return unicodedata.lookup(f"MATHEMATICAL {self.alphabet} CAPITAL {letter}")
         except KeyError:  # Unicode put some letters in an older block: SCRIPT CAPITAL B, BLACK-LETTER CAPITAL C, ...
-            return unicodedata.lookup(
-                f"{self.alphabet.replace('FRAKTUR', 'BLACK-LETTER')} CAPITAL {letter}"
-            )
+            return unicodedata.lookup(f"{self.alphabet.replace('FRAKTUR', 'BLACK-LETTER')} CAPITAL {letter}")
 
 
 _PLAIN_FONTS = (
@@ -103,9 +99,7 @@ class Jitter:
 @lru_cache(maxsize=64)
 def load_font(stem: str, pixels: int) -> ImageFont.FreeTypeFont:
     """One of matplotlib's fonts, by file stem, with an em of `pixels`."""
-    return ImageFont.truetype(
-        Path(matplotlib.get_data_path(), "fonts", "ttf", f"{stem}.ttf"), pixels
-    )
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{stem}.ttf"), pixels)
 
 
 def render_glyph(face: Face, letter: str, jitter: Jitter = Jitter()) -> np.ndarray:
@@ -119,9 +113,7 @@ def render_glyph(face: Face, letter: str, jitter: Jitter = Jitter()) -> np.ndarr
     room = side - 2 * _MARGIN * _SUPERSAMPLING
     canvas = Image.new("L", (2 * side, 2 * side))
     origin = (side - (left + right) / 2, side - (top + bottom) / 2)
-    ImageDraw.Draw(canvas).text(
-        origin, character, font=font, fill=255, stroke_width=jitter.weight
-    )
+    ImageDraw.Draw(canvas).text(origin, character, font=font, fill=255, stroke_width=jitter.weight)
 
     fit = min(1.0, room / (right - left), room / (bottom - top))
     scale_x, scale_y = (fit * factor for factor in jitter.scale)
@@ -129,9 +121,7 @@ def render_glyph(face: Face, letter: str, jitter: Jitter = Jitter()) -> np.ndarr
     # PIL maps each output pixel (x, y) to the input: undo the shift, then the scale and the shear, around the centre.
     a, b, e = 1 / scale_x, jitter.shear / scale_x, 1 / scale_y
     inverse = (a, b, side - a * shift_x - b * shift_y, 0.0, e, side - e * shift_y)
-    canvas = canvas.transform(
-        (side, side), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC
-    )
+    canvas = canvas.transform((side, side), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
     return np.asarray(canvas.reduce(_SUPERSAMPLING))
 
 

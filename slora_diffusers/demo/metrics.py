@@ -8,9 +8,7 @@ import torch.nn.functional as F
 MAX_SHIFT = 3  # pixels: faces sit a little differently in the frame, and where a letter sits is not its style
 
 
-def best_iou(
-    images: torch.Tensor, truth: torch.Tensor, max_shift: int = MAX_SHIFT
-) -> torch.Tensor:
+def best_iou(images: torch.Tensor, truth: torch.Tensor, max_shift: int = MAX_SHIFT) -> torch.Tensor:
     """max over shifts |dx|, |dy| <= max_shift of |shifted image & truth| / |shifted image | truth|.
 
     Args:

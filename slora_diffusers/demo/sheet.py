@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .glyphs import LETTERS, load_font
 
@@ -36,9 +36,7 @@ def contact_sheet(
     columns = max(len(letters) for letters in groups.values())
     group_height = 40 + len(rows) * (CELL + GAP) + 14
     width = LABELS + columns * (CELL + GAP) + 2 * 20
-    sheet = Image.new(
-        "L", (width, 64 + len(groups) * group_height + 26 * len(footer) + 16), PAPER
-    )
+    sheet = Image.new("L", (width, 64 + len(groups) * group_height + 26 * len(footer) + 16), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((20, 18), title, INK, load_font("DejaVuSans-Bold", 24))
     top = 64
@@ -69,6 +67,4 @@ def contact_sheet(
 
 def _cell(image: torch.Tensor) -> Image.Image:
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    return Image.fromarray(np.ascontiguousarray(pixels)).resize(
-        (CELL, CELL), Image.Resampling.BICUBIC
-    )
+    return Image.fromarray(np.ascontiguousarray(pixels)).resize((CELL, CELL), Image.Resampling.BICUBIC)
