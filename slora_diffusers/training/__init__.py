@@ -1,0 +1,1 @@
+"""What the recipes in train_scripts/ share: data, objectives, optimizers, the loop, checkpoints, validation."""

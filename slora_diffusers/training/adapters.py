@@ -1,0 +1,132 @@
+"""What a run trains: Serial LoRA, PEFT's LoRA at the same rank, or every weight. Each attaches and saves itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..config import SerialLoraConfig
+from ..errors import SerialLoraError
+from ..files import WEIGHT_NAME, AdapterTensors
+from ..inject import add_serial_lora
+from ..io import new_header, serial_lora_state_dict, write_state
+
+Models = Mapping[str, nn.Module]  # by the name of the pipeline's component
+LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("q_proj", "k_proj", "v_proj", "out_proj"),
+)
+
+
+class Adapter(Protocol):
+    """One way to adapt the components of a pipeline."""
+
+    def check(self) -> None:
+        """Raise SerialLoraError if a package is missing."""
+
+    def attach(self, model: nn.Module, config: SerialLoraConfig) -> str:
+        """Make a model's adapter (or all of it) trainable, the rest frozen; says what was made."""
+
+    def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
+        """Write what was trained; every process calls, one writes. Gives the file or folder."""
+
+
+class SerialLora:
+    """This library's adapter."""
+
+    def check(self) -> None:
+        pass
+
+    def attach(self, model: nn.Module, config: SerialLoraConfig) -> str:
+        return str(add_serial_lora(model, config))
+
+    def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
+        tensors: dict[str, Tensor] = {}
+        components: dict[str, Any] = {}
+        for name, model in models.items():
+            state = serial_lora_state_dict(model, component=name)
+            tensors.update(state)
+            components.update(state.metadata["components"])
+        return write_state(AdapterTensors(tensors, new_header(components)), folder, WEIGHT_NAME, None, is_main_process)
+
+
+class PeftLora:
+    """PEFT's LoRA on the q, k, v and output projections: what Serial LoRA is measured against."""
+
+    def check(self) -> None:
+        if importlib.util.find_spec("peft") is None:
+            raise SerialLoraError("--adapter lora needs the package peft: pip install peft.")
+
+    def attach(self, model: nn.Module, config: SerialLoraConfig) -> str:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.check()
+        model.requires_grad_(False)
+        alpha = config.rank if config.alpha is None else config.alpha
+        settings = LoraConfig(
+            r=config.rank,
+            lora_alpha=alpha,
+            lora_dropout=config.dropout,
+            use_rslora=config.rslora,
+            target_modules=list(LORA_TARGETS),
+            exclude_modules=list(config.exclude) if config.exclude else None,
+        )
+        inject_adapter_in_model(settings, model)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+        return f"PEFT LoRA: {_count(model):,} parameters"
+
+    def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
+        from peft import get_peft_model_state_dict
+
+        tensors, settings = {}, {}
+        for name, model in models.items():
+            state = {key: whole(tensor) for key, tensor in get_peft_model_state_dict(model).items()}
+            tensors.update({f"{name}.{key}": tensor.detach().cpu().contiguous() for key, tensor in state.items()})
+            own = model.peft_config["default"].to_dict()  # type: ignore[index,union-attr]
+            settings.update({f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in own.items()})
+        path = folder / LORA_WEIGHT_NAME
+        if is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, default=str)}
+            save_file(tensors, path, metadata=metadata)
+        return path
+
+
+class EveryWeight:
+    """Full fine-tuning."""
+
+    def check(self) -> None:
+        pass
+
+    def attach(self, model: nn.Module, config: SerialLoraConfig) -> str:
+        model.requires_grad_(True)
+        return f"full fine-tuning: {_count(model):,} parameters"
+
+    def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
+        for name, model in models.items():
+            state = {key: whole(tensor) for key, tensor in model.state_dict().items()}
+            if is_main_process:
+                model.save_pretrained(folder / name, state_dict=state)  # type: ignore[operator]
+        return folder
+
+
+ADAPTERS: dict[str, Adapter] = {"serial": SerialLora(), "lora": PeftLora(), "full": EveryWeight()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor behind a shard of FSDP2; every process must call. Other tensors come back as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,200 @@
+"""Command-line options: groups of flags that recipes put together, a YAML file with the same keys, and what was used.
+
+Flags are called as in diffusers' own training scripts where they mean the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import SerialLoraConfig
+from ..errors import SerialLoraError
+from .adapters import ADAPTERS
+from .objectives import DENSITIES
+from .optim import OPTIMIZERS
+from .precision import QUANTIZATIONS
+
+Group = Sequence[tuple[str, dict[str, Any]]]
+
+
+def _switch(help: str) -> dict[str, Any]:
+    return {"action": argparse.BooleanOptionalAction, "default": False, "help": help}
+
+
+def _value(kind: Any, default: Any, help: str, **more: Any) -> dict[str, Any]:
+    return {"type": kind, "default": default, "help": help, **more}
+
+
+MODEL: Group = (
+    ("pretrained_model_name_or_path", _value(str, None, "Folder or Hub id of the pipeline to adapt.", required=True)),
+    ("revision", _value(str, None, "Revision on the Hub.")),
+    ("variant", _value(str, None, "Variant of the weight files, e.g. fp16.")),
+    ("mixed_precision", _value(str, "no", "Precision of the forward pass.", choices=("no", "fp16", "bf16"))),
+    ("quantize", _value(str, None, "Load the base weights quantized.", choices=QUANTIZATIONS)),
+    ("gradient_checkpointing", _switch("Recompute activations in the backward pass to save memory.")),
+    ("compile", _switch("Compile the transformer with torch.compile.")),
+)
+ADAPTER: Group = (
+    ("adapter", _value(str, "serial", "What to train: Serial LoRA, PEFT's LoRA or every weight.", choices=ADAPTERS)),
+    ("rank", _value(int, 16, "Rank of the adapter.")),
+    ("alpha", _value(float, None, "Numerator of the scale alpha / rank; the rank itself by default.")),
+    ("dropout", _value(float, 0.0, "Dropout on the adapter's input.")),
+    ("rslora", _switch("Scale by alpha / sqrt(rank).")),
+    ("inputs", _value(str, None, "Attention inputs that get a pair; all by default.", nargs="+")),
+    ("targets", _value(str, None, "Regular expressions of the attentions to adapt.", nargs="+")),
+    ("exclude", _value(str, None, "Regular expressions of the attentions to leave out.", nargs="+")),
+    ("layers", _value(int, None, "Blocks to adapt, by index.", nargs="+")),
+)
+DATA: Group = (
+    ("resolution", _value(int, None, "Side of the training images in pixels; the model's own by default.")),
+    ("aspect_ratio_buckets", _value(str, None, "auto, or 'height,width;...': shapes other than the square.")),
+    ("random_flip", _switch("Mirror half of the images, anew each epoch.")),
+    ("random_crop", _switch("Cut images at a random place, anew each epoch, instead of the centre.")),
+    ("cache_latents", _switch("Encode the images once, before training.")),
+    ("cache_dir", _value(str, None, "Folder of the caches; <output_dir>/cache by default.")),
+    ("dataloader_num_workers", _value(int, 0, "Processes that read images ahead.")),
+)
+OPTIMIZER: Group = (
+    ("train_batch_size", _value(int, 4, "Samples per step and process.")),
+    ("gradient_accumulation_steps", _value(int, 1, "Batches per optimizer step.")),
+    ("max_train_steps", _value(int, 500, "Optimizer steps.")),
+    ("learning_rate", _value(float, 1e-4, "Learning rate.")),
+    ("lora_plus_ratio", _value(float, 1.0, "LoRA+: learning rate of B over that of A.")),
+    ("lr_scheduler", _value(str, "constant", "Schedule of the learning rate, as diffusers names them.")),
+    ("lr_warmup_steps", _value(int, 0, "Steps of warm-up.")),
+    ("lr_num_cycles", _value(int, 1, "Restarts of cosine_with_restarts.")),
+    ("lr_power", _value(float, 1.0, "Power of the polynomial schedule.")),
+    ("optimizer", _value(str.lower, "adamw", "Optimizer.", choices=OPTIMIZERS)),
+    ("adam_beta1", _value(float, 0.9, "Decay of the first moment.")),
+    ("adam_beta2", _value(float, 0.999, "Decay of the second moment.")),
+    ("adam_weight_decay", _value(float, 1e-4, "Weight decay.")),
+    ("adam_epsilon", _value(float, 1e-8, "Epsilon of Adam.")),
+    ("max_grad_norm", _value(float, 1.0, "Norm to clip gradients to.")),
+    ("use_ema", _switch("Keep, validate and save an exponential moving average of the trained weights.")),
+    ("ema_decay", _value(float, 0.999, "Decay of that average.")),
+)
+OBJECTIVE: Group = (
+    ("snr_gamma", _value(float, None, "Gamma of min-SNR weighting, for noise-prediction models.")),
+    ("weighting_scheme", _value(str, "logit_normal", "Distribution of a flow's times.", choices=DENSITIES)),
+    ("logit_mean", _value(float, 0.0, "Mean of the logit-normal distribution.")),
+    ("logit_std", _value(float, 1.0, "Standard deviation of the logit-normal distribution.")),
+    ("mode_scale", _value(float, 1.29, "Scale of the mode distribution.")),
+    ("precondition_outputs", _switch("Compare clean latents instead of velocities, which weighs by sigma squared.")),
+)
+RUN: Group = (
+    ("output_dir", _value(str, "outputs/adapter", "Where the adapter, checkpoints and logs go.")),
+    ("seed", _value(int, 0, "Seed of everything that is drawn.")),
+    ("validation_steps", _value(int, 100, "Validate every so many steps, and at step 0; 0 for never.")),
+    ("validation_loss_images", _value(int, 8, "Images in the fixed-noise validation loss.")),
+    ("num_validation_images", _value(int, 4, "Validation images per prompt.")),
+    ("validation_inference_steps", _value(int, 25, "Sampling steps of the validation images.")),
+    ("validation_guidance_scale", _value(float, 4.0, "Guidance scale of the validation images.")),
+    ("checkpointing_steps", _value(int, 500, "Write a checkpoint every so many steps; 0 for none.")),
+    ("checkpoints_total_limit", _value(int, None, "Keep at most so many checkpoints.")),
+    ("resume_from_checkpoint", _value(str, None, "'latest', or a checkpoint's folder.")),
+    ("report_to", _value(str, None, "Tracker: tensorboard, wandb, trackio, ...")),
+    ("push_to_hub", _switch("Upload the result to the Hub.")),
+    ("hub_model_id", _value(str, None, "Name on the Hub; that of output_dir by default.")),
+    ("hub_token", _value(str, None, "Token for the Hub.")),
+)
+_NOT_SAVED = frozenset({"config", "hub_token"})
+
+
+def make_parser(description: str, *groups: Group) -> argparse.ArgumentParser:
+    """A parser of the groups' flags, and of --config."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags given beside it win.")
+    for name, settings in (option for group in groups for option in group):
+        parser.add_argument(f"--{name}", **settings)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options from the flags and from the file that --config names.
+
+    Raises:
+        SerialLoraError: If the file is missing or no mapping, or a key or a value of it is not allowed.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(argv)[0].config
+    if path is not None:
+        parser.set_defaults(**_read_config(parser, Path(path)))
+    return parser.parse_args(argv)
+
+
+def save_options(options: argparse.Namespace, path: Path) -> None:
+    """Write the options in the form that --config reads."""
+    kept = {name: value for name, value in vars(options).items() if name not in _NOT_SAVED and value is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(kept, sort_keys=True), encoding="utf-8")
+
+
+def adapter_config(options: argparse.Namespace) -> SerialLoraConfig:
+    """The adapter's config from the options."""
+    names = ("rank", "alpha", "dropout", "rslora", "inputs", "targets", "exclude", "layers")
+    return SerialLoraConfig(**{name: getattr(options, name) for name in names})
+
+
+def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SerialLoraError(f"--config {path}: there is no such file.")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise SerialLoraError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SerialLoraError(f"--config {path} must hold 'option: value' lines; got {type(values).__name__}.")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    values = {str(key).replace("-", "_").lstrip("_"): value for key, value in values.items()}
+    for key in values:
+        if key not in actions:
+            near = difflib.get_close_matches(key, actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(actions))}."
+            raise SerialLoraError(f"--config {path}: unknown option {key!r}; {hint}")
+    for key, value in values.items():
+        values[key] = _checked(actions[key], value, path)
+        actions[key].required = False
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: PyYAML reads 1e-4 as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.inf$"), list("-+0123456789.")
+)
+
+
+def _checked(action: argparse.Action, value: Any, path: Path) -> Any:
+    """A file's value as the flag would give it."""
+    if value is None:
+        return None
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if isinstance(value, bool):
+            return value
+        raise SerialLoraError(f"--config {path}: {action.dest} must be true or false; got {value!r}.")
+    entries = value if isinstance(value, list) and action.nargs else [value]
+    convert = action.type if callable(action.type) else str
+    try:
+        if any(isinstance(entry, bool | list | dict) for entry in entries):
+            raise ValueError("not a single value")
+        entries = [convert(str(entry)) for entry in entries]
+    except ValueError as error:
+        raise SerialLoraError(f"--config {path}: {action.dest} cannot be {value!r}: {error}.") from error
+    for entry in entries:
+        if action.choices is not None and entry not in action.choices:
+            raise SerialLoraError(
+                f"--config {path}: {action.dest} must be one of {', '.join(map(str, action.choices))}; got {entry!r}."
+            )
+    return entries if action.nargs else entries[0]

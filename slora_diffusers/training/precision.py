@@ -1,0 +1,60 @@
+"""Number formats: what the frozen base is held in, quantized bases, and the rule that what is trained stays fp32."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import SerialLoraError
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+QUANTIZATIONS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def quantization_config(name: str | None, compute_dtype: torch.dtype) -> Any | None:
+    """The `quantization_config` for a transformer's from_pretrained, or None.
+
+    Args:
+        name: A name of `QUANTIZATIONS`, or None.
+        compute_dtype: What 4-bit weights are multiplied in.
+
+    Raises:
+        SerialLoraError: If bitsandbytes is not installed.
+    """
+    if name is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SerialLoraError(f"--quantize {name} needs the package bitsandbytes: pip install bitsandbytes.")
+    from diffusers import BitsAndBytesConfig
+
+    settings = dict(QUANTIZATIONS[name])
+    if name == "nf4":
+        settings["bnb_4bit_compute_dtype"] = compute_dtype
+    return BitsAndBytesConfig(**settings)
+
+
+def trainable(models: Iterable[nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that train, over several models, in a fixed order."""
+    return [
+        (f"{index}.{name}", parameter)
+        for index, model in enumerate(models)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def check_trainables_fp32(named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise SerialLoraError unless every trainable parameter is fp32: fp16 steps are lost to rounding."""
+    wrong = [f"{name} ({parameter.dtype})" for name, parameter in named if parameter.dtype != torch.float32]
+    if wrong:
+        raise SerialLoraError(
+            f"trained weights must stay fp32, but {', '.join(wrong[:3])} do not. Load the model in fp32 and choose "
+            "--mixed_precision for the forward pass."
+        )

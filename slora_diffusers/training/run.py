@@ -1,0 +1,262 @@
+"""One run: the accelerator, the optimizer, where things are written, and the loop with its progress and checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import SerialLoraError
+from . import checkpoint
+from .adapters import ADAPTERS
+from .batches import Batch
+from .loop import Step, interruptible, train_steps
+from .optim import evaluation_weights, make_optimizer, optimizer_class, parameter_groups
+from .options import save_options
+from .precision import DTYPES, check_trainables_fp32, trainable
+
+logger = get_logger(__name__)
+# Options that may change when a run is resumed without changing what it computes.
+_FREE_OPTIONS = frozenset({
+    *("config", "output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id", "hub_token"),
+    *("validation_steps", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "cache_dir"),
+    *("validation_loss_images", "num_validation_images", "validation_inference_steps", "validation_guidance_scale"),
+    *("validation_prompt", "validation_labels", "validation_data_dir", "gradient_checkpointing"),
+})  # fmt: skip
+
+
+class Run:
+    """What a recipe holds on to while it trains.
+
+    Args:
+        options: The parsed options; a copy is written to `<output_dir>/config.yaml`.
+
+    Raises:
+        SerialLoraError: If a package that an option needs is missing, or a number is out of range.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        _check(options)
+        self.options = options
+        self.output_dir = Path(options.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            log_with=options.report_to,
+            project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / "logs")),
+        )
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        self.device = self.accelerator.device
+        # Trained in full, the base stays fp32 and autocast does the rest; a frozen one is held in the low precision.
+        self.weight_dtype = torch.float32 if options.adapter == "full" else DTYPES[options.mixed_precision]
+        self.adapter = ADAPTERS[options.adapter]
+        self.start = 0
+        if self.accelerator.is_main_process:
+            save_options(options, self.output_dir / "config.yaml")
+        if options.report_to:
+            self.accelerator.init_trackers("slora", {k: str(v) for k, v in vars(options).items() if k != "hub_token"})
+
+    @property
+    def rows(self) -> int:
+        """Samples that all processes together read at a micro-step."""
+        return self.options.train_batch_size * self.accelerator.num_processes
+
+    def prepare(self, models: Mapping[str, nn.Module], learning_rates: Mapping[str, float] | None = None) -> list[Any]:
+        """Make the optimizer, its schedule and the average, hand all to the accelerator, and resume if asked.
+
+        Args:
+            models: The models that train, by the name of the pipeline's component.
+            learning_rates: Learning rates other than --learning_rate, by the same names.
+
+        Returns:
+            The prepared models, to call in the forward pass.
+        """
+        options = self.options
+        self.models = dict(models)
+        groups = []
+        for name, model in models.items():
+            check_trainables_fp32(trainable([model]))
+            lr = (learning_rates or {}).get(name, options.learning_rate)
+            groups += parameter_groups(trainable([model]), lr, options.lora_plus_ratio)
+        betas = (options.adam_beta1, options.adam_beta2)
+        optimizer = make_optimizer(options.optimizer, groups, betas, options.adam_weight_decay, options.adam_epsilon)
+        if options.compile:
+            for model in models.values():
+                model.compile()
+        *prepared, self.optimizer = self.accelerator.prepare(*models.values(), optimizer)
+        self.models = {
+            name: self.accelerator.unwrap_model(model) for name, model in zip(models, prepared, strict=True)
+        }
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        warmup = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
+        cycles = {"num_cycles": options.lr_num_cycles, "power": options.lr_power}
+        self.schedule = get_scheduler(options.lr_scheduler, inner, **warmup, **cycles)
+        self.ema = EMAModel(self._parameters(), decay=options.ema_decay) if options.use_ema else None
+        self._prepared = prepared
+        if options.resume_from_checkpoint:
+            self._resume(checkpoint.find_checkpoint(self.output_dir, options.resume_from_checkpoint))
+        return prepared
+
+    def steps(self, batches_from: Callable[[int], Iterator[Batch]], loss_of: Callable[[Batch], Tensor]) -> Iterator[Step]:
+        """Train: shows progress, logs, and writes checkpoints on time, and before an interrupted run ends.
+
+        Args:
+            batches_from: Micro-batches from a number on.
+            loss_of: Loss of a micro-batch.
+        """
+        options, start = self.options, self.start
+        batches = batches_from(start * options.gradient_accumulation_steps)
+        bar = tqdm(
+            total=options.max_train_steps, initial=start, desc="training", unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )  # fmt: skip
+        bounds = {"start": start, "stop": options.max_train_steps, "max_grad_norm": options.max_grad_norm}
+        with bar, interruptible() as interrupt:
+            arguments = (self.accelerator, self._prepared, self.optimizer, self.schedule, batches, loss_of)
+            for step in train_steps(*arguments, **bounds, interrupt=interrupt):
+                if self.ema is not None:
+                    self.ema.step(self._parameters())
+                self.start = step.number
+                bar.update()
+                bar.set_postfix_str(
+                    f"loss {step.loss:.4f}, lr {step.lr:.1e}, {step.seconds:.2f} s/step, {step.memory / 2**30:.2f} GB"
+                )
+                self.log({"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}, step.number)
+                every = options.checkpointing_steps
+                if step.interrupted or (every and step.number % every == 0):
+                    self.save_checkpoint()
+                yield step
+                if step.interrupted:
+                    logger.warning("interrupted: step %d is saved; resume with latest", step.number)
+
+    def validates_at(self, number: int) -> bool:
+        """Whether step `number` (0 is the untrained adapter) is one to validate at."""
+        every = self.options.validation_steps
+        return bool(every) and (number % every == 0 or number == self.options.max_train_steps)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Inside, the models are in eval mode and hold the weights to judge: averaged, or a schedule-free optimizer's."""
+        modes = [(module, module.training) for model in self.models.values() for module in model.modules()]
+        parameters = self._parameters()
+        with evaluation_weights(self.optimizer), torch.no_grad():
+            if self.ema is not None:
+                self.ema.store(parameters)
+                self.ema.copy_to(parameters)
+            for model in self.models.values():
+                model.eval()
+            try:
+                yield
+            finally:
+                if self.ema is not None:
+                    self.ema.restore(parameters)
+                for module, mode in modes:
+                    module.training = mode
+        check_trainables_fp32(trainable(self.models.values()))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send numbers to the tracker."""
+        self.accelerator.log(dict(values), step=step)
+
+    def log_images(self, name: str, images: Image.Image, step: int) -> None:
+        """Write a picture to `<output_dir>/validation` and send it to the trackers that take pictures."""
+        if self.accelerator.is_main_process:
+            folder = self.output_dir / "validation"
+            folder.mkdir(parents=True, exist_ok=True)
+            images.save(folder / f"{name}-{step:06d}.png")
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    values = _as_arrays(images) if tracker.name == "tensorboard" else [images]
+                    tracker.log_images({name: values}, step=step)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of this step; every process calls."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        state = {
+            "step": self.start,
+            "trained": checkpoint.gathered(dict(trainable(self.models.values()))),
+            "optimizer": checkpoint.gathered(inner.state_dict()),
+            "schedule": self.schedule.state_dict(),
+            "ema": checkpoint.gathered(self.ema.state_dict()) if self.ema is not None else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "options": {name: _plain(value) for name, value in vars(self.options).items() if name != "hub_token"},
+            "processes": self.accelerator.num_processes,
+        }
+        files = Path(self.output_dir)
+        if self.accelerator.is_main_process:
+            limit = self.options.checkpoints_total_limit
+            checkpoint.write_checkpoint(files, self.start, state, limit, lambda folder: None)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> Path:
+        """Save the adapter to `output_dir`; every process calls. Gives what was written."""
+        with self.evaluation():
+            path = self.adapter.save(self.models, self.output_dir, self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return path
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in trainable(self.models.values())]
+
+    def _resume(self, path: Path | None) -> None:
+        if path is None:
+            logger.warning("no checkpoint in %s yet: starting at step 0", self.output_dir)
+            return
+        state = checkpoint.read_checkpoint(path)
+        changed = {
+            name: (value, _plain(getattr(self.options, name, None)))
+            for name, value in {**state["options"], "processes": state["processes"]}.items()
+            if name not in _FREE_OPTIONS
+        }
+        changed["processes"] = (state["processes"], self.accelerator.num_processes)
+        for name, (before, now) in changed.items():
+            if before != now:
+                logger.warning("%s was %s and is now %s: the run will not equal an uninterrupted one", name, before, now)
+        checkpoint.load_parameters(trainable(self.models.values()), state["trained"])
+        checkpoint.load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.device)
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.start = state["step"]
+        logger.info("resumed from %s at step %d", path, self.start)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What can be said before anything is loaded."""
+    optimizer_class(options.optimizer)
+    ADAPTERS[options.adapter].check()
+    at_least_one = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "rank")
+    for name in at_least_one:
+        if getattr(options, name) < 1:
+            raise SerialLoraError(f"--{name} must be at least 1; got {getattr(options, name)}.")
+    if options.cache_latents and options.random_crop:
+        raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --random_crop.")
+    if options.adapter == "full" and options.quantize:
+        raise SerialLoraError("--adapter full trains the weights themselves: they cannot be quantized (--quantize).")
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | bool | list | None) else str(value)
+
+
+def _as_arrays(image: Image.Image) -> Any:
+    import numpy as np
+
+    return np.asarray(image)[None]
