@@ -72,7 +72,7 @@ class SerialLoraConfig:
             return False
         if self.exclude is not None and any(matches(pattern, path) for pattern in self.exclude):
             return False
-        return self.layers is None or block_index(path) in self.layers
+        return not isinstance(self.layers, tuple) or block_index(path) in self.layers
 
     def rank_of(self, path: str) -> int:
         """Rank r of the pairs at the site `path`."""

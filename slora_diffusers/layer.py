@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .calls import Call, CallState
 from .errors import AdapterStateError
+from .placement import real_tensor
 
 
 class SerialLoraPair(nn.Module):
@@ -35,9 +37,9 @@ class SerialLoraPair(nn.Module):
         self.register_buffer("stacked_B", None, persistent=False)
         self._merged: tuple[object, Tensor, Tensor] | None = None
 
-    def matrices(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (r, d) and B (d, r) of one adapter."""
-        return getattr(self, f"lora_A_{name}"), getattr(self, f"lora_B_{name}")
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """A (r, d) and B (d, r) of one adapter: the parameters themselves, wherever they are kept."""
+        return real_tensor(self, f"lora_A_{name}"), real_tensor(self, f"lora_B_{name}")
 
     def add(self, name: str, A: Tensor, B: Tensor, scaling: float, dropout: float, trainable: bool) -> None:
         """Register one adapter's A (r, d), B (d, r), scale s and dropout; it is not active yet."""
@@ -81,32 +83,34 @@ class SerialLoraPair(nn.Module):
         return F.linear(x, A)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
-        """A, B and s such that x~ = x + s B A x: the parameters themselves wherever no cast or stacking is needed."""
+        """A, B and s such that x~ = x + s B A x: the parameters themselves wherever no move or stacking is needed."""
         if self.stacked_A is not None:
-            return self.stacked_A.to(x.dtype), self.stacked_B.to(x.dtype), 1.0
+            assert self.stacked_B is not None
+            return self.stacked_A.to(x), self.stacked_B.to(x), 1.0
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         training = torch.is_grad_enabled() and any(self.matrices(name)[0].requires_grad for name in self.gains)
         if len(self.gains) == 1:
             (name, gain), *_ = self.gains.items()
             A, B = self.matrices(name)
-            if A.dtype == dtype or (training and autocast):  # autocast casts, and remembers its casts itself
+            # Under autocast a trained parameter is cast, and the cast remembered, by autocast itself.
+            if A.device == x.device and (A.dtype == dtype or (training and autocast)):
                 return A, B, gain
             if training:
-                return A.to(dtype), B.to(dtype), gain
+                return A.to(x.device, dtype), B.to(x.device, dtype), gain
         if training or torch.compiler.is_compiling():
-            return *(matrix.to(dtype) for matrix in self.stack(self.gains)), 1.0
-        return *self._merge_once(dtype), 1.0
+            A, B = self.stack(self.gains)
+            return A.to(x.device, dtype), B.to(x.device, dtype), 1.0
+        return *self._merge_once(x.device, dtype), 1.0
 
-    def _merge_once(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The active adapters stacked and cast, remembered until one of them changes."""
+    def _merge_once(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The active adapters stacked, moved and cast, remembered until one of them changes."""
         matrices = [matrix for name in self.gains for matrix in self.matrices(name)]
-        versions = [0 if matrix.is_inference() else matrix._version for matrix in matrices]
-        key = (dtype, matrices[0].device, *versions)
+        key = (device, dtype, *(0 if matrix.is_inference() else matrix._version for matrix in matrices))
         if self._merged is None or self._merged[0] != key:
             with torch.no_grad():
                 A, B = self.stack(self.gains)
-                self._merged = (key, A.to(dtype), B.to(dtype).contiguous())
+                self._merged = (key, A.to(device, dtype), B.to(device, dtype).contiguous())
         return self._merged[1], self._merged[2]
 
     def stack(self, gains: dict[str, float]) -> tuple[Tensor, Tensor]:
@@ -177,6 +181,10 @@ class SerialLoraPair(nn.Module):
         dtype = torch.promote_types(W.dtype, torch.float32)
         A, B = (matrix.to(W.device, dtype) for matrix in self.stack(gains))
         return A, W.to(dtype) @ B
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SerialLoraPair:
+        self._merged = None  # made again where the parameters went
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_merged": None}

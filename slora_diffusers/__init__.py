@@ -1,0 +1,58 @@
+"""Serial LoRA for diffusion and vision transformers: `x~ = (I + s B A) x`, one pair per attention input.
+
+Source: Zhong et al., Serial Low-rank Adaptation of Vision Transformer, ICME 2025, arXiv 2503.17750.
+"""
+
+from diffusers import DiffusionPipeline as _DiffusionPipeline
+
+from .architectures import Architecture, Pair, register_architecture
+from .config import SerialLoraConfig
+from .contexts import disable_serial_lora, serial_lora_batch, serial_lora_scale
+from .errors import AdapterFileError, AdapterStateError, ArchitectureError, SerialLoraError
+from .fuse import fuse_serial_lora, unfuse_serial_lora
+from .inject import (
+    add_serial_lora,
+    delete_serial_lora,
+    reserve_serial_lora,
+    set_serial_lora,
+    unload_serial_lora,
+)
+from .io import library_version as _library_version
+from .io import load_serial_lora, save_serial_lora, serial_lora_state_dict
+from .loader import SerialLoraLoaderMixin
+from .loader import install as _install
+from .processors import SerialLoraAttnProcessor
+from .status import SerialLoraStatus, serial_lora_parameters, serial_lora_status
+
+__version__ = _library_version()
+
+__all__ = [
+    "AdapterFileError",
+    "AdapterStateError",
+    "Architecture",
+    "ArchitectureError",
+    "Pair",
+    "SerialLoraAttnProcessor",
+    "SerialLoraConfig",
+    "SerialLoraError",
+    "SerialLoraLoaderMixin",
+    "SerialLoraStatus",
+    "add_serial_lora",
+    "delete_serial_lora",
+    "disable_serial_lora",
+    "fuse_serial_lora",
+    "load_serial_lora",
+    "register_architecture",
+    "reserve_serial_lora",
+    "save_serial_lora",
+    "serial_lora_batch",
+    "serial_lora_parameters",
+    "serial_lora_scale",
+    "serial_lora_state_dict",
+    "serial_lora_status",
+    "set_serial_lora",
+    "unfuse_serial_lora",
+    "unload_serial_lora",
+]
+
+_install(_DiffusionPipeline)

@@ -1,0 +1,46 @@
+"""Recognise a base: a short sample of its weights that survives a change of dtype, but not of training."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SAMPLES = 64
+
+
+def fingerprint(weights: Sequence[Tensor]) -> str | None:
+    """Up to 64 elements of the adapted weights, evenly spread, as base64 of little-endian float32.
+
+    Args:
+        weights: The base's weights, (out, d) each.
+
+    Returns:
+        The text, or None where the weights are quantized, offloaded or on the meta device: there is nothing to read.
+    """
+    plain = [W for W in weights if not W.is_meta and W.is_floating_point() and W.element_size() > 1]
+    if not plain or len(plain) != len(weights):
+        return None
+    chosen = [plain[i * len(plain) // SAMPLES] for i in range(SAMPLES)] if len(plain) >= SAMPLES else plain
+    each = -(-SAMPLES // len(chosen))
+    with torch.no_grad():
+        values = [W.detach()[:: max(1, W.shape[0] // each), W.shape[1] // 3][:each].float() for W in chosen]
+        if len({v.device for v in values}) > 1:  # device_map
+            values = [v.cpu() for v in values]
+        sample = torch.cat([_full(v) for v in values])[: 2 * SAMPLES].cpu()
+    return base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode("ascii")
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same weights, each possibly rounded to fp16 or bf16."""
+    a, b = (torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32) for text in (one, other))
+    if a.shape != b.shape:
+        return False
+    # bf16 keeps 8 bits: a relative error of 2^-9 each way, and twice that between two roundings.
+    return bool(((a - b).abs() <= 2.0**-7 * a.abs() + 1e-6).all())
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor under FSDP2
