@@ -7,84 +7,27 @@ tests are all driven by these records; `register_architecture` adds one for a mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Any
 
 from .errors import ArchitectureError
+from .records import RECORDS
+from .records.base import OPTIONAL_PAIRS, Architecture, Pair
 
-OPTIONAL_PAIRS = ("attention_output", "encoder_attention_output", "feed_forward", "encoder_feed_forward")
-"""Pairs that records name but that are off unless `config.inputs` asks for them."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One low-rank pair of a site.
-
-    Args:
-        inputs: Arguments of the site's forward that go through the pair, all of one width d. Empty for a pair that
-            reads what its only projection reads, wherever that comes from (the optional pairs).
-        projections: Linear submodules of the site, by path, that read these inputs and nothing else. Those that a
-            given model does not have (`add_q_proj` of a block without text queries) are passed over.
-        name: Name in files and in `config.inputs`; by default the first input.
-    """
-
-    inputs: tuple[str, ...]
-    projections: tuple[str, ...]
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.name:
-            object.__setattr__(self, "name", self.inputs[0])
-
-    @property
-    def optional(self) -> bool:
-        """Whether the pair is made only when `config.inputs` names it."""
-        return self.name in OPTIONAL_PAIRS
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A family of models that share module names.
-
-    Args:
-        family: Name shown in tables.
-        models: Class names of the models; subclasses match too, and so do models that contain one as a submodule.
-        sites: Path of the site inside the model, `*` standing for one path component -> its pairs.
-        note: What a user should know, shown in the table of supported architectures.
-    """
-
-    family: str
-    models: tuple[str, ...]
-    sites: Mapping[str, tuple[Pair, ...]] = field(hash=False)
-    note: str = ""
-
-
-def _output(projection: str, name: str = "attention_output") -> Pair:
-    return Pair((), (projection,), name)
-
-
-# The pairs that most families are made of.
-ATTENTION_OUTPUT = _output("to_out.0")
-SELF = (Pair(("hidden_states",), ("to_q", "to_k", "to_v")), ATTENTION_OUTPUT)
-CROSS = (
-    Pair(("hidden_states",), ("to_q",)),
-    Pair(("encoder_hidden_states",), ("to_k", "to_v")),
-    ATTENTION_OUTPUT,
-)
-JOINT = (
-    Pair(("hidden_states",), ("to_q", "to_k", "to_v")),
-    Pair(("encoder_hidden_states",), ("add_q_proj", "add_k_proj", "add_v_proj")),
-    ATTENTION_OUTPUT,
-    _output("to_add_out", "encoder_attention_output"),
-)
-FEED_FORWARD = (_output("net.0.proj", "feed_forward"),)
-ENCODER_FEED_FORWARD = (_output("net.0.proj", "encoder_feed_forward"),)
+__all__ = [
+    "ARCHITECTURES",
+    "OPTIONAL_PAIRS",
+    "REFUSED",
+    "Architecture",
+    "Pair",
+    "check_config",
+    "register_architecture",
+]
 
 ARCHITECTURES: dict[str, Architecture] = {}
 """Model class name -> its record."""
 
 REFUSED: dict[str, str] = {}
-"""Model class name -> why no pair can serve it exactly."""
+"""Model class name -> why no pair can serve it exactly. Empty: every transformer of diffusers 0.42 has a record."""
 
 
 def register_architecture(record: Architecture) -> Architecture:
@@ -109,41 +52,16 @@ def register_architecture(record: Architecture) -> Architecture:
     return record
 
 
-for _record in (
-    Architecture(
-        "DiT",
-        ("DiTTransformer2DModel",),
-        {"transformer_blocks.*.attn1": SELF, "transformer_blocks.*.ff": FEED_FORWARD},
-    ),
-    Architecture(
-        "PixArt-alpha / Sigma",
-        ("PixArtTransformer2DModel",),
-        {
-            "transformer_blocks.*.attn1": SELF,
-            "transformer_blocks.*.attn2": CROSS,
-            "transformer_blocks.*.ff": FEED_FORWARD,
-        },
-    ),
-    Architecture(
-        "Stable Diffusion 3 / 3.5",
-        ("SD3Transformer2DModel",),
-        {
-            "transformer_blocks.*.attn": JOINT,
-            "transformer_blocks.*.attn2": SELF,
-            "transformer_blocks.*.ff": FEED_FORWARD,
-            "transformer_blocks.*.ff_context": ENCODER_FEED_FORWARD,
-        },
-    ),
-    Architecture(
-        "Flux.1",
-        ("FluxTransformer2DModel",),
-        {
-            "transformer_blocks.*.attn": JOINT,
-            "transformer_blocks.*.ff": FEED_FORWARD,
-            "transformer_blocks.*.ff_context": ENCODER_FEED_FORWARD,
-            # Not proj_mlp: it reads the same tensor, but outside the attention.
-            "single_transformer_blocks.*.attn": SELF,
-        },
-    ),
-):
+def check_config(record: Architecture, config: Any) -> None:
+    """Raise ArchitectureError unless a model's config (a mapping or an object) has what its record requires."""
+    for key, wanted in record.requires.items():
+        given = config.get(key, wanted) if hasattr(config, "get") else getattr(config, key, wanted)
+        if given != wanted:
+            raise ArchitectureError(
+                f"The record {record.family!r} holds for {key}={wanted!r} only, and this model has {key}={given!r}: "
+                "its attentions read other inputs. Register a record for it with register_architecture()."
+            )
+
+
+for _record in RECORDS:
     register_architecture(_record)

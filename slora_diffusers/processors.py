@@ -99,7 +99,9 @@ def attach(module: nn.Module, reads: Mapping[str, SerialLoraPair]) -> None:
     """Hook a module so that the named arguments of its forward go through their pairs; replaces an earlier hook."""
     detach(module)
     names = list(inspect.signature(type(module).forward).parameters)[1:]
-    hook = SerialLoraAttnProcessor({name: (names.index(name), pair) for name, pair in reads.items()})
+    # A name that only `**kwargs` takes comes by keyword: its position is behind all that can be positional.
+    positions = {name: names.index(name) if name in names else len(names) for name in reads}
+    hook = SerialLoraAttnProcessor({name: (positions[name], pair) for name, pair in reads.items()})
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .architectures import ARCHITECTURES, REFUSED, Architecture, Pair
+from .architectures import ARCHITECTURES, REFUSED, Architecture, Pair, check_config
 from .config import SerialLoraConfig, matches
 from .errors import ArchitectureError, SerialLoraError
 
@@ -141,10 +141,13 @@ def _plain(path: str) -> str:
 
 
 def _slots_of(prefix: str, model: nn.Module, record: Architecture) -> Iterator[Slot]:
+    check_config(record, getattr(model, "config", None))
     for pattern, pairs in record.sites.items():
         for path, site in _expand(model, pattern.split(".") if pattern else []):
             full = ".".join(part for part in (prefix, path) if part)
             for pair in pairs:
+                if pair.without and _projection(site, pair.without) is not None:
+                    continue
                 projections = tuple(p for name in pair.projections if (p := _projection(site, name)) is not None)
                 if projections:
                     yield Slot(full, site, pair, projections, _features(full, site, projections), record.family)

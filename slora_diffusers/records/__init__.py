@@ -1,0 +1,8 @@
+"""Where pairs sit in every family that is known: data only, one record per family."""
+
+from __future__ import annotations
+
+from . import audio, image, video
+from .base import Architecture
+
+RECORDS: tuple[Architecture, ...] = (*image.RECORDS, *video.RECORDS, *audio.RECORDS)

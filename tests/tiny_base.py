@@ -1,0 +1,103 @@
+"""What a tiny model is: a configuration, and how to draw the inputs of one forward."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import diffusers.models.transformers as transformers_package
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+
+class Draw:
+    """Reproducible inputs: normal noise, integers."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def ints(self, below: int, *shape: int) -> Tensor:
+        return torch.randint(0, below, shape, generator=self.generator)
+
+
+@dataclass
+class TinyModel:
+    """A model class, a configuration that builds in milliseconds, and the inputs of one forward.
+
+    Args:
+        config: Keyword arguments of the class.
+        inputs: From a `Draw` to the keyword arguments of one forward.
+        class_name: Filled in from the key the model is listed under.
+    """
+
+    config: dict[str, Any]
+    inputs: Callable[[Draw], dict[str, Any]]
+    class_name: str = field(default="", kw_only=True)
+
+    def build(self, seed: int = 0) -> ModelMixin:
+        """A model in eval mode whose weights follow from the seed.
+
+        Weights that start at zero (gates, output layers) are drawn too: they would hide the adapter's effect, and no
+        trained model has them at zero. Linears keep the size of what they read, for the same reason: PyTorch's
+        initial ones divide it by the square root of 3.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = transformer_classes()[self.class_name](**self.config).eval().requires_grad_(False)
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1)
+            for module in model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight.mul_(3**0.5)
+        return model
+
+    def arguments(self, seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments of one forward, the same for the same seed."""
+        return self.inputs(Draw(seed))
+
+    @torch.no_grad()
+    def run(self, model: ModelMixin, seed: int = 0) -> Tensor:
+        """Every tensor of one forward's output, flattened into one."""
+        output = model(**self.arguments(seed))
+        return torch.cat([tensor.flatten() for tensor in flat_tensors(output)])
+
+
+def flat_tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from flat_tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from flat_tensors(item)
+
+
+def grid_ids(height: int, width: int, axes: int) -> Tensor:
+    """Position ids of an image's tokens: (height * width, axes), rows and columns on axes 1 and 2."""
+    ids = torch.zeros(height, width, axes)
+    ids[..., 1] = torch.arange(height)[:, None]
+    ids[..., 2] = torch.arange(width)
+    return ids.flatten(0, 1)
+
+
+@cache
+def transformer_classes() -> dict[str, type[ModelMixin]]:
+    """Every model class that the installed diffusers defines in `diffusers.models.transformers`, exported or not."""
+    found = {}
+    for info in pkgutil.iter_modules(transformers_package.__path__, transformers_package.__name__ + "."):
+        module = importlib.import_module(info.name)
+        for name, value in vars(module).items():
+            if isinstance(value, type) and issubclass(value, ModelMixin) and value.__module__ == module.__name__:
+                found[name] = value
+    return found
