@@ -13,7 +13,7 @@ from .config import SerialLoraConfig
 from .errors import AdapterStateError
 from .layer import SerialLoraPair, new_matrices
 from .placement import device_of, follow_group_offload, lifted_offload
-from .processors import ModelCall, attach, detach
+from .processors import FIRST_ARGUMENT, ModelCall, attach, detach
 from .registry import (
     Registry,
     Weights,
@@ -270,10 +270,11 @@ def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, SerialLoraP
     reads: dict[int, tuple[nn.Module, dict[str, SerialLoraPair]]] = {}
     for slot in find_slots(model):
         if slot.key in pairs:
-            # A pair without inputs of its own reads what its one projection reads.
-            module = slot.module if slot.pair.inputs else slot.projections[0].owner
-            names = slot.pair.inputs or ("input",)
-            reads.setdefault(id(module), (module, {}))[1].update(dict.fromkeys(names, pairs[slot.key]))
+            # A pair without inputs of its own reads what its projections read.
+            modules = [slot.module] if slot.pair.inputs else [projection.owner for projection in slot.projections]
+            for module in modules:
+                names = slot.pair.inputs or (FIRST_ARGUMENT,)
+                reads.setdefault(id(module), (module, {}))[1].update(dict.fromkeys(names, pairs[slot.key]))
     return iter(reads.values())
 
 

@@ -22,6 +22,10 @@ SCALE_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attentio
 """Arguments through which diffusers' pipelines pass `{"scale": ...}` to a transformer."""
 
 
+FIRST_ARGUMENT = ""
+"""Stands for whatever a module's forward calls its first argument (Linear layers of every make)."""
+
+
 class SerialLoraAttnProcessor:
     """Forward pre-hook of one attention: each input that has a pair becomes `x~ = (I + s B A) x`.
 
