@@ -20,7 +20,7 @@ _LATENT = {
 }
 
 
-def _text_to_image(r, 8, /, **more):
+def _text_to_image(r, text=8, /, **more):
     inputs = {"hidden_states": r(2, 4, 8, 8), "encoder_hidden_states": r(2, 5, text), "timestep": r.ints(1000, 2)}
     return inputs | more
 
