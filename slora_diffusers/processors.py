@@ -21,7 +21,6 @@ from .layer import SerialLoraPair
 SCALE_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
 """Arguments through which diffusers' pipelines pass `{"scale": ...}` to a transformer."""
 
-
 FIRST_ARGUMENT = ""
 """Stands for whatever a module's forward calls its first argument (Linear layers of every make)."""
 
@@ -103,9 +102,10 @@ def attach(module: nn.Module, reads: Mapping[str, SerialLoraPair]) -> None:
     """Hook a module so that the named arguments of its forward go through their pairs; replaces an earlier hook."""
     detach(module)
     names = list(inspect.signature(type(module).forward).parameters)[1:]
+    named = {name or names[0]: pair for name, pair in reads.items()}
     # A name that only `**kwargs` takes comes by keyword: its position is behind all that can be positional.
-    positions = {name: names.index(name) if name in names else len(names) for name in reads}
-    hook = SerialLoraAttnProcessor({name: (positions[name], pair) for name, pair in reads.items()})
+    positions = {name: names.index(name) if name in names else len(names) for name in named}
+    hook = SerialLoraAttnProcessor({name: (positions[name], pair) for name, pair in named.items()})
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
