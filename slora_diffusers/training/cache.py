@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .batches import Fetch, Shape
+from .batches import Batch, Fetch, Shape
 from .data import Item, to_pixels
 from .randomness import randn
 
@@ -146,9 +146,32 @@ class MomentReader:
         return key_of("latent", self.maker, self._contents[item.name], shape, mirrored)
 
 
-def reader(cache: TensorCache | None, vae: nn.Module, crop: bool, flip: bool) -> Fetch:
-    """What fetches a sample: cached moments where there is a cache, else pixels."""
-    return PixelReader(crop, flip) if cache is None else MomentReader(cache, vae, flip)
+class Latents:
+    """Clean latents of batches: from the VAE at every step, or from its moments, cached once.
+
+    Args:
+        vae: Encodes pixels; frozen.
+        cache: Where moments are kept, or None to encode anew.
+        crop: Cut at random places (without a cache only).
+        flip: Mirror half of the draws.
+        device: Where latents go.
+    """
+
+    def __init__(self, vae: nn.Module, cache: TensorCache | None, crop: bool, flip: bool, device: torch.device) -> None:
+        self.vae, self.device = vae.requires_grad_(False).eval(), device
+        self.config: Mapping[str, Any] = dict(vae.config)  # type: ignore[arg-type]
+        self.fetch: Fetch = PixelReader(crop, flip) if cache is None else MomentReader(cache, vae, flip)
+
+    def fill(self, items: Sequence[Item], shapes: Sequence[Iterable[Shape]]) -> None:
+        """Encode what the cache lacks, if there is one."""
+        if isinstance(self.fetch, MomentReader):
+            self.fetch.fill(items, shapes, self.vae)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """z_0, (B, C, h, w) in fp32."""
+        inputs = batch.inputs.to(self.device)
+        moments = inputs if isinstance(self.fetch, MomentReader) else encode_moments(self.vae, inputs)
+        return sample_latents(moments, self.config, batch.draws("latents"))
 
 
 @torch.no_grad()
@@ -167,3 +190,8 @@ def sample_latents(moments: Tensor, vae_config: Mapping[str, Any], draws: Sequen
     mean, log_variance = moments.chunk(2, dim=1)
     z = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * randn(draws, mean)
     return (z - (vae_config.get("shift_factor") or 0.0)) * vae_config.get("scaling_factor", 1.0)
+
+
+def vae_factor(vae: Any) -> int:
+    """Pixels per latent, along a side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Iterable
 from typing import Any
@@ -38,6 +39,28 @@ def quantization_config(name: str | None, compute_dtype: torch.dtype) -> Any | N
     if name == "nf4":
         settings["bnb_4bit_compute_dtype"] = compute_dtype
     return BitsAndBytesConfig(**settings)
+
+
+def load_pipeline(pipeline_class: Any, transformer_class: Any, options: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """The pipeline to adapt: the transformer (quantized if asked) and text encoders in `dtype`, the VAE in fp32.
+
+    Args:
+        pipeline_class: Class of the pipeline.
+        transformer_class: Class of its transformer.
+        options: They name the checkpoint, its revision and variant, and the quantization.
+        dtype: Dtype of the weights.
+    """
+    path, where = options.pretrained_model_name_or_path, {"revision": options.revision, "variant": options.variant}
+    quantization = quantization_config(options.quantize, dtype)
+    extra = {} if quantization is None else {"quantization_config": quantization}
+    transformer = transformer_class.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **where, **extra)
+    dtypes = {"vae": torch.float32, "default": dtype}  # half precision overflows in some VAEs
+    pipe = pipeline_class.from_pretrained(path, transformer=transformer, torch_dtype=dtypes, **where)
+    pipe.set_progress_bar_config(disable=True)
+    for name, module in pipe.components.items():
+        if isinstance(module, nn.Module) and name != "transformer":
+            module.requires_grad_(False).eval()
+    return pipe
 
 
 def trainable(models: Iterable[nn.Module]) -> list[tuple[str, nn.Parameter]]:

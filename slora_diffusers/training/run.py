@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,16 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..errors import SerialLoraError
 from . import checkpoint
 from .adapters import ADAPTERS
 from .batches import Batch
 from .loop import Step, interruptible, train_steps
-from .optim import evaluation_weights, make_optimizer, optimizer_class, parameter_groups
-from .options import save_options
+from .optim import evaluation_weights, make_optimizer, parameter_groups
+from .options import adapter_config, save_options
 from .precision import DTYPES, check_trainables_fp32, trainable
+from .preflight import check_options
 
-logger = get_logger(__name__)
+logger: Any = get_logger(__name__)
 # Options that may change when a run is resumed without changing what it computes.
 _FREE_OPTIONS = frozenset({
     *("config", "output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id", "hub_token"),
@@ -49,7 +50,7 @@ class Run:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        _check(options)
+        check_options(options)
         self.options = options
         self.output_dir = Path(options.output_dir)
         self.accelerator = Accelerator(
@@ -73,6 +74,13 @@ class Run:
     def rows(self) -> int:
         """Samples that all processes together read at a micro-step."""
         return self.options.train_batch_size * self.accelerator.num_processes
+
+    def attach(self, model: nn.Module) -> None:
+        """Add what the run trains to a model, and freeze the rest of it."""
+        logger.info(self.adapter.attach(model, adapter_config(self.options)))
+        model.train()
+        if self.options.gradient_checkpointing:
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def prepare(self, models: Mapping[str, nn.Module], learning_rates: Mapping[str, float] | None = None) -> list[Any]:
         """Make the optimizer, its schedule and the average, hand all to the accelerator, and resume if asked.
@@ -167,8 +175,16 @@ class Run:
                     module.training = mode
         check_trainables_fp32(trainable(self.models.values()))
 
+    def share(self, *lists: Sequence[Any]) -> list[Sequence[Any]]:
+        """This process's part of lists of the same length."""
+        accelerator = self.accelerator
+        return [entries[accelerator.process_index :: accelerator.num_processes] for entries in lists]
+
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Send numbers to the tracker."""
+        """Write numbers to `<output_dir>/metrics.jsonl` and send them to the tracker."""
+        if self.accelerator.is_main_process:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
         self.accelerator.log(dict(values), step=step)
 
     def log_images(self, name: str, images: Image.Image, step: int) -> None:
@@ -195,10 +211,9 @@ class Run:
             "options": {name: _plain(value) for name, value in vars(self.options).items() if name != "hub_token"},
             "processes": self.accelerator.num_processes,
         }
-        files = Path(self.output_dir)
         if self.accelerator.is_main_process:
             limit = self.options.checkpoints_total_limit
-            checkpoint.write_checkpoint(files, self.start, state, limit, lambda folder: None)
+            checkpoint.write_checkpoint(self.output_dir, self.start, state, limit, lambda folder: None)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> Path:
@@ -236,20 +251,6 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.start = state["step"]
         logger.info("resumed from %s at step %d", path, self.start)
-
-
-def _check(options: argparse.Namespace) -> None:
-    """What can be said before anything is loaded."""
-    optimizer_class(options.optimizer)
-    ADAPTERS[options.adapter].check()
-    at_least_one = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "rank")
-    for name in at_least_one:
-        if getattr(options, name) < 1:
-            raise SerialLoraError(f"--{name} must be at least 1; got {getattr(options, name)}.")
-    if options.cache_latents and options.random_crop:
-        raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --random_crop.")
-    if options.adapter == "full" and options.quantize:
-        raise SerialLoraError("--adapter full trains the weights themselves: they cannot be quantized (--quantize).")
 
 
 def _plain(value: Any) -> Any:

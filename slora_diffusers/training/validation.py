@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -52,8 +53,9 @@ def fixed_noise_loss(
     losses = []
     for batch in batches:
         x0 = latents_of(batch)
-        for time in objective.stratified_times(times):
-            losses.append(denoising_losses(objective, predict, x0, batch, time.repeat(len(x0))))
+        for index, time in enumerate(objective.stratified_times(times)):
+            own_noise = replace(batch, samples=[index])
+            losses.append(denoising_losses(objective, predict, x0, own_noise, time[None]))
     return torch.cat(losses).mean().item()
 
 

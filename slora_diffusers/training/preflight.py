@@ -1,0 +1,57 @@
+"""What can be found wrong in a second, before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from ..errors import SerialLoraError
+from ..inject import add_serial_lora
+from .adapters import ADAPTERS
+from .optim import optimizer_class
+from .options import adapter_config
+from .precision import quantization_config
+
+_AT_LEAST_ONE = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "rank")
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Check packages and numbers.
+
+    Raises:
+        SerialLoraError: If a package is missing, a number is out of range or options contradict each other.
+    """
+    optimizer_class(options.optimizer)
+    ADAPTERS[options.adapter].check()
+    quantization_config(options.quantize, torch.float32)
+    for name in _AT_LEAST_ONE:
+        if getattr(options, name) < 1:
+            raise SerialLoraError(f"--{name} must be at least 1; got {getattr(options, name)}.")
+    if options.cache_latents and options.random_crop:
+        raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --random_crop.")
+    if options.adapter == "full" and options.quantize:
+        raise SerialLoraError("--adapter full trains the weights themselves: they cannot be quantized (--quantize).")
+
+
+def check_sites(model_class: Any, options: argparse.Namespace) -> None:
+    """Build the transformer from its config, without weights, and see that the adapter finds a place in it.
+
+    Args:
+        model_class: Class of the transformer, with diffusers' `load_config` and `from_config`.
+        options: The options; they name the checkpoint and the adapter's settings.
+
+    Raises:
+        SerialLoraError: If there is no such checkpoint, or no attention matches --inputs, --targets or --layers.
+    """
+    path = options.pretrained_model_name_or_path
+    try:
+        config = model_class.load_config(path, subfolder="transformer", revision=options.revision)
+    except (OSError, ValueError) as error:
+        raise SerialLoraError(
+            f"--pretrained_model_name_or_path {path} has no transformer of a pipeline: {error}"
+        ) from error
+    if options.adapter == "serial":
+        with torch.device("meta"):
+            add_serial_lora(model_class.from_config(config), adapter_config(options))

@@ -1,0 +1,145 @@
+"""Fine-tunes a class-conditional DiT on a folder of images per class, or on the demo's glyphs.
+
+    accelerate launch train_scripts/train_dit.py --pretrained_model_name_or_path facebook/DiT-XL-2-256 \
+        --train_data_dir photos --output_dir outputs/dit --mixed_precision bf16
+
+The loss follows from the checkpoint: its scheduler's prediction type (epsilon, v_prediction, flow_prediction), and the
+hybrid loss of improved DDPM where the transformer also predicts its variance.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import DiTPipeline, DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor, nn
+
+import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
+from slora_diffusers import SerialLoraError
+from slora_diffusers.demo.glyphs import HELD_OUT_LETTERS, NEW_STYLES, SEEN_LETTERS, glyph_images
+from slora_diffusers.training.batches import Batch, Batches, Rows, bucket_shapes
+from slora_diffusers.training.cache import Latents, TensorCache, vae_factor
+from slora_diffusers.training.data import Item, find_classes, from_tensors
+from slora_diffusers.training.hub import push_to_hub
+from slora_diffusers.training.objectives import objective_for
+from slora_diffusers.training.options import (
+    ADAPTER, DATA, MODEL, OBJECTIVE, OPTIMIZER, RUN, make_parser, parse,
+)  # fmt: skip
+from slora_diffusers.training.precision import load_pipeline
+from slora_diffusers.training.preflight import check_sites
+from slora_diffusers.training.run import Run
+from slora_diffusers.training.validation import (
+    denoising_losses, fixed_batches, fixed_noise_loss, image_grid, sample_generators,
+)  # fmt: skip
+
+NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
+DIT = (
+    ("train_data_dir", {"help": "Folder of one folder per class, named by class id or label."}),
+    ("glyphs", {"choices": list(NEW_STYLES), "help": "Train on the demo's seen letters of this style instead."}),
+    ("glyph_variations", {"type": int, "default": 32, "help": "Jittered copies of each letter."}),
+    ("validation_data_dir", {"help": "Folder like --train_data_dir for the validation loss; the training images if not given."}),
+    ("validation_labels", {"type": int, "nargs": "+", "help": "Class ids of the validation images."}),
+    ("label_dropout", {"type": float, "default": 0.1, "help": "Share of samples that lose their label."}),
+)  # fmt: skip
+
+
+def find_items(options: argparse.Namespace) -> tuple[list[Item], list[Item]]:
+    """The items to train on, and those to validate on."""
+    if (options.glyphs is None) == (options.train_data_dir is None):
+        raise SerialLoraError("give one of --train_data_dir and --glyphs.")
+    if options.glyphs is not None:
+        style = [NEW_STYLES[options.glyphs]]
+        images, labels = glyph_images(style, SEEN_LETTERS, options.glyph_variations, options.seed)
+        unseen = from_tensors(*glyph_images(style, HELD_OUT_LETTERS), name="held-out letter")
+        return from_tensors(images, labels.tolist(), name="letter"), unseen
+    names = DiTPipeline.load_config(options.pretrained_model_name_or_path, revision=options.revision)
+    ids = {label.strip(): int(i) for i, value in names.get("id2label", {}).items() for label in value.split(",")}
+
+    def id_of(name: str) -> int | None:
+        return int(name) if name.isdigit() and int(name) < NULL_CLASS else ids.get(name)
+
+    items = find_classes(options.train_data_dir, id_of).report().items
+    unseen = find_classes(options.validation_data_dir, id_of).items if options.validation_data_dir else items
+    step = max(1, len(unseen) // max(1, options.validation_loss_images))
+    return items, unseen[::step][: options.validation_loss_images]
+
+
+def keep_labels(transformer: nn.Module) -> None:
+    """Keep the label embeddings from dropping labels: each block has its own, and each would drop others."""
+    for module in transformer.modules():
+        if isinstance(module, LabelEmbedding):
+            module.eval()
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train, and give the path of what was trained."""
+    groups = (MODEL, ADAPTER, DATA, DIT, OPTIMIZER, OBJECTIVE, RUN)
+    options = parse(make_parser(__doc__ or "", *groups), argv)
+    items, unseen = find_items(options)
+    check_sites(DiTTransformer2DModel, options)
+    run = Run(options)
+    set_seed(options.seed)  # of the adapter's initial weights: the same on every process
+
+    pipe = load_pipeline(DiTPipeline, DiTTransformer2DModel, options, run.weight_dtype).to(run.device)
+    run.attach(pipe.transformer)
+    keep_labels(pipe.transformer)
+    objective = objective_for(
+        pipe.scheduler, snr_gamma=options.snr_gamma, density=options.weighting_scheme, logit_mean=options.logit_mean,
+        logit_std=options.logit_std, mode_scale=options.mode_scale, precondition=options.precondition_outputs,
+    )  # fmt: skip
+
+    config, factor = pipe.transformer.config, vae_factor(pipe.vae)
+    shapes = bucket_shapes(options.resolution or config.sample_size * factor, None, config.patch_size * factor)
+    rows = Rows.of(items, shapes, run.rows, options.seed)
+    cache = TensorCache(options.cache_dir or run.output_dir / "cache") if options.cache_latents else None
+    latents = Latents(pipe.vae, cache, options.random_crop, options.random_flip, run.device)
+    latents.fill(*run.share(items, [[shape] for shape in rows.shapes]))
+    latents.fill(*run.share(unseen, [shapes] * len(unseen)))
+    run.accelerator.wait_for_everyone()
+    batches = Batches(items, rows, latents.fetch, run.accelerator.process_index, run.accelerator.num_processes)
+    (transformer,) = run.prepare({"transformer": pipe.transformer})
+
+    def predict(noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        labels = torch.tensor([item.label for item in batch.items])
+        if batch.number >= 0:  # validation's batches keep theirs
+            labels[batch.dropped(options.label_dropout)] = NULL_CLASS
+        with run.accelerator.autocast():
+            noisy, labels = noisy.to(run.weight_dtype), labels.to(run.device)
+            return transformer(noisy, timestep=timesteps, class_labels=labels).sample
+
+    def loss_of(batch: Batch) -> Tensor:
+        return denoising_losses(objective, predict, latents(batch), batch).mean()
+
+    def validate(number: int) -> None:
+        with run.evaluation():
+            fixed: Iterator[Batch] = fixed_batches(unseen, shapes, latents.fetch, options.seed)
+            run.log({"validation_loss": fixed_noise_loss(objective, predict, latents, fixed)}, number)
+            labels = options.validation_labels or sorted({item.label for item in unseen})[:8]
+            count = options.num_validation_images * len(labels)
+            with run.accelerator.autocast():
+                images = pipe(
+                    labels * options.num_validation_images,
+                    guidance_scale=options.validation_guidance_scale,
+                    num_inference_steps=options.validation_inference_steps,
+                    generator=sample_generators(options.seed, count),
+                ).images
+            run.log_images("images", image_grid(images, len(labels)), number)
+
+    if run.start == 0 and run.validates_at(0):
+        validate(0)
+    for step in run.steps(lambda start: batches.read(start, options.dataloader_num_workers), loss_of):
+        if run.validates_at(step.number) and not step.interrupted:
+            validate(step.number)
+    path = run.finish()
+    if options.push_to_hub and run.accelerator.is_main_process:
+        push_to_hub(options)
+    return path
+
+
+if __name__ == "__main__":
+    main()
