@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import audio, image, video
+from . import audio, image, video, vision
 from .base import Architecture
 
-RECORDS: tuple[Architecture, ...] = (*image.RECORDS, *video.RECORDS, *audio.RECORDS)
+RECORDS: tuple[Architecture, ...] = (*image.RECORDS, *video.RECORDS, *audio.RECORDS, *vision.RECORDS)
