@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ CASES = [(name, processor) for name, processors in SELF_ATTENTION.items() for pr
 @pytest.fixture(autouse=True)
 def xformers_without_cuda(monkeypatch):
     """xFormers' real processors; their CUDA op is replaced by an SDPA of the same signature and layout."""
-    xformers = pytest.importorskip("xformers")
-    import xformers.ops
+    pytest.importorskip("xformers")
+    ops = importlib.import_module("xformers.ops")
 
     def sdpa(query, key, value, attn_bias=None, op=None, scale=None, p=0.0):
         joint = query.ndim == 4  # (B, N, heads, d) or (B * heads, N, d)
@@ -38,8 +39,8 @@ def xformers_without_cuda(monkeypatch):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=scale)
         return out.transpose(1, 2) if joint else out
 
-    monkeypatch.setattr(xformers.ops, "memory_efficient_attention", sdpa)
-    monkeypatch.setattr(ap, "xformers", xformers, raising=False)
+    monkeypatch.setattr(ops, "memory_efficient_attention", sdpa)
+    monkeypatch.setattr(ap, "xformers", importlib.import_module("xformers"), raising=False)
 
 
 def set_all(model, processor_class, how):
@@ -104,25 +105,16 @@ def test_enabling_and_disabling_xformers_keeps_the_adapter(monkeypatch):
     add_random_adapter(model)
     wanted = output_of(model, tiny)
     real_randn = torch.randn
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "randn", lambda *a, device=None, **k: real_randn(*a, **k))
-    monkeypatch.setattr(ap, "is_xformers_available", lambda: True)
-    model.enable_xformers_memory_efficient_attention()
-    monkeypatch.undo()
-    xformers_without_cuda_again(monkeypatch)
+    with monkeypatch.context() as patch:  # diffusers tries the op on the GPU first
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch, "randn", lambda *a, device=None, **k: real_randn(*a, **k))
+        patch.setattr(ap, "is_xformers_available", lambda: True)
+        model.enable_xformers_memory_efficient_attention()
     assert all(isinstance(p, ap.XFormersAttnProcessor) for p in model.attn_processors.values())
     assert torch.allclose(output_of(model, tiny), wanted, atol=1e-5)
     model.disable_xformers_memory_efficient_attention()
     assert not any(isinstance(p, ap.XFormersAttnProcessor) for p in model.attn_processors.values())
     assert torch.allclose(output_of(model, tiny), wanted, atol=1e-5)
-
-
-def xformers_without_cuda_again(monkeypatch):
-    import xformers.ops
-
-    op = lambda q, k, v, attn_bias=None, **_: F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias)  # noqa: E731
-    monkeypatch.setattr(xformers.ops, "memory_efficient_attention", op)
-    monkeypatch.setattr(ap, "xformers", xformers, raising=False)
 
 
 @pytest.mark.parametrize("name", ["DiTTransformer2DModel", "PixArtTransformer2DModel"])
