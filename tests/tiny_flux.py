@@ -15,6 +15,17 @@ _FLUX = {
     "num_attention_heads": 2,
     "joint_attention_dim": 24,
 }
+_Z_IMAGE = {
+    "in_channels": 16,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 24,
+    "axes_dims": [8, 4, 4],
+    "axes_lens": [256, 32, 32],
+}
 
 
 def _packed(r, ids=3, text=24, batch_ids=False, channels=4, **more):
@@ -154,17 +165,16 @@ FLUX = {
         },
     ),
     "ZImageTransformer2DModel": TinyModel(
-        {
-            "in_channels": 16,
-            "dim": 32,
-            "n_layers": 2,
-            "n_refiner_layers": 1,
-            "n_heads": 2,
-            "n_kv_heads": 2,
-            "cap_feat_dim": 24,
-            "axes_dims": [8, 4, 4],
-            "axes_lens": [256, 32, 32],
+        _Z_IMAGE, lambda r: {"x": [r(16, 1, 8, 8)], "cap_feats": [r(6, 24)], "t": torch.tensor([0.5])}
+    ),
+    "ZImageTransformer2DModel/omni": TinyModel(
+        {**_Z_IMAGE, "siglip_feat_dim": 10},
+        lambda r: {
+            "x": [[r(16, 1, 8, 8), r(16, 1, 8, 8)]],
+            "cap_feats": [[r(6, 24), r(4, 24)]],
+            "t": torch.tensor([0.5]),
+            "siglip_feats": [[r(2, 2, 10), r(2, 2, 10)]],
+            "image_noise_mask": [[0, 1]],
         },
-        lambda r: {"x": [r(16, 1, 8, 8)], "cap_feats": [r(6, 24)], "t": torch.tensor([0.5])},
     ),
 }

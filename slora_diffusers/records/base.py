@@ -103,6 +103,10 @@ BOTH = (reads(QKV, "hidden_states", "encoder_hidden_states"), *output("to_out.0"
 # Separate projections for the text in some blocks, both inputs concatenated in the others.
 JOINT_OR_BOTH = (reads(QKV, "hidden_states", "encoder_hidden_states", without="add_q_proj"), *JOINT)
 
+# For attentions whose block has the output projection.
+SELF_IN = SELF[:1]
+BOTH_IN = BOTH[:1]
+
 FEED_FORWARD = output("net.0.proj", "feed_forward")
 ENCODER_FEED_FORWARD = output("net.0.proj", "encoder_feed_forward")
 

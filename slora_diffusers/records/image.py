@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from .base import (
     BOTH,
+    BOTH_IN,
     CROSS,
     ENCODER_FEED_FORWARD,
     FEED_FORWARD,
     JOINT,
+    QKV,
     SELF,
     SELF_CROSS,
+    SELF_IN,
     SINGLE,
     TEXT_AND_IMAGE,
     Architecture,
@@ -19,20 +22,19 @@ from .base import (
     swiglu,
 )
 
-_FLUX = {**TEXT_AND_IMAGE, **blocks("single_transformer_blocks", attn=SELF), **SINGLE}
+_FLUX = {**TEXT_AND_IMAGE, **blocks("single_transformer_blocks", attn=SELF_IN), **SINGLE}
 _SPLIT_MLP = swiglu("linear_1 linear_2")
 _SPLIT_ENCODER_MLP = swiglu("linear_1 linear_2", name="encoder_feed_forward")
 _LUMINA_MLP = swiglu("linear_1 linear_3")
 _W_MLP = swiglu("w1 w3")
 _FLUX_3 = {"attn": SELF, "ff": output("linear_in", "feed_forward")}
 _KREA = {
-    "attn": (reads("to_q to_k to_v to_gate", "hidden_states"), *output("to_out.0")),
+    "attn": (reads(f"{QKV} to_gate", "hidden_states"), *output("to_out.0")),
     "ff": swiglu("gate up", "hidden_states"),
 }
-_HIDREAM = (
-    reads("to_q to_k to_v", "norm_hidden_states", name="hidden_states"),
+_HIDREAM = (reads(QKV, "norm_hidden_states", name="hidden_states"), *output("to_out"))
+_HIDREAM_TEXT = (
     reads("to_q_t to_k_t to_v_t", "norm_encoder_hidden_states", name="encoder_hidden_states"),
-    *output("to_out"),
     *output("to_out_t", "encoder_attention_output"),
 )
 _BASIC = {"only_cross_attention": False, "double_self_attention": False}
@@ -113,7 +115,7 @@ RECORDS = (
     Architecture(
         "Lumina-Next",
         ("LuminaNextDiT2DModel",),
-        blocks("layers", attn1=BOTH, attn2=CROSS, feed_forward=_LUMINA_MLP),
+        blocks("layers", attn1=BOTH_IN, attn2=CROSS, feed_forward=_LUMINA_MLP),
         "both attentions share the output projection of `attn2`",
     ),
     Architecture(
@@ -139,7 +141,11 @@ RECORDS = (
     Architecture(
         "Nucleus-Image",
         ("NucleusMoEImageTransformer2DModel",),
-        blocks("transformer_blocks", attn=JOINT, img_mlp=FEED_FORWARD),
+        blocks(
+            "transformer_blocks",
+            attn=(*SELF, reads("add_k_proj add_v_proj", "encoder_hidden_states")),
+            img_mlp=FEED_FORWARD,
+        ),
         "`feed_forward` in the dense blocks only, not in the experts",
     ),
     Architecture(
@@ -156,7 +162,7 @@ RECORDS = (
         "HiDream-I1",
         ("HiDreamImageTransformer2DModel",),
         {
-            "double_stream_blocks.*.block.attn1": _HIDREAM,
+            "double_stream_blocks.*.block.attn1": _HIDREAM + _HIDREAM_TEXT,
             "double_stream_blocks.*.block.ff_i.shared_experts": _W_MLP,
             "double_stream_blocks.*.block.ff_t": swiglu("w1 w3", name="encoder_feed_forward"),
             "single_stream_blocks.*.block.attn1": _HIDREAM,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import (
     BOTH,
+    BOTH_IN,
     CROSS,
     ENCODER_FEED_FORWARD,
     FEED_FORWARD,
@@ -30,7 +31,7 @@ _GATED_SELF = (reads(f"{QKV} to_gate_logits", "hidden_states"), *output("to_out.
 _GATED_CROSS = cross("to_q to_gate_logits", "to_k to_v", "to_out.0")
 _LTX_2 = blocks("transformer_blocks", attn1=_GATED_SELF, attn2=_GATED_CROSS, ff=FEED_FORWARD)
 _REFINER = blocks("context_embedder.token_refiner.refiner_blocks", attn=SELF, ff=FEED_FORWARD)
-_HUNYUAN = {**TEXT_AND_IMAGE, **blocks("single_transformer_blocks", attn=BOTH), **SINGLE, **_REFINER}
+_HUNYUAN = {**TEXT_AND_IMAGE, **blocks("single_transformer_blocks", attn=BOTH_IN), **SINGLE, **_REFINER}
 _JOY = {
     "attn": (
         reads("img_attn_qkv", "hidden_states"),
@@ -84,12 +85,14 @@ RECORDS = (
     Architecture(
         "Wan Animate 2",
         ("WanAnimate2Transformer3DModel",),
-        blocks(
-            "blocks",
-            self_attn=SELF,
-            cross_attn=(*CROSS, reads("add_k_proj add_v_proj", "encoder_hidden_states_image")),
-            ffn=output("0", "feed_forward"),
-        ),
+        {
+            **blocks(
+                "blocks",
+                self_attn=SELF,
+                cross_attn=(*CROSS, reads("add_k_proj add_v_proj", "encoder_hidden_states_image")),
+            ),
+            "blocks.*": output("ffn.0", "feed_forward"),
+        },
     ),
     Architecture(
         "AnyFlow, Helios",
@@ -233,7 +236,7 @@ RECORDS = (
         {
             **TEXT_AND_IMAGE,
             **blocks("transformer_blocks", cross_attn=CROSS),
-            **blocks("single_transformer_blocks", attn=BOTH, cross_attn=CROSS),
+            **blocks("single_transformer_blocks", attn=BOTH_IN, cross_attn=CROSS),
             **SINGLE,
         },
     ),
