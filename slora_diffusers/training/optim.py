@@ -79,7 +79,10 @@ def make_optimizer(
     """The optimizer called `name` over parameter groups that hold their own learning rates."""
     chosen = optimizer_class(name)
     settings = {"betas": betas, "eps": eps} if OPTIMIZERS[name].takes_betas else {}
-    return chosen(groups, lr=groups[0]["lr"], weight_decay=weight_decay, **settings)
+    optimizer = chosen(groups, lr=groups[0]["lr"], weight_decay=weight_decay, **settings)
+    if hasattr(optimizer, "train"):  # schedule-free optimizers begin in the mode that evaluates
+        optimizer.train()
+    return optimizer
 
 
 @contextmanager
