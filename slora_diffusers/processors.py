@@ -74,7 +74,7 @@ class ModelCall:
                 kwargs = {**kwargs, name: {k: v for k, v in given.items() if k != "scale"}}
                 changes["scale"] = changes.get("scale", call.scale) * scale
         if call.samples is not None:
-            changes["batch"] = _batch_size((*args, *kwargs.values()))
+            changes["batch"] = _batch_size(args, kwargs)
         if changes:
             self.call.push(**changes, forward=True)
         return args, kwargs
@@ -117,6 +117,7 @@ def detach(module: nn.Module) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _batch_size(values: Sequence[Any]) -> int | None:
-    first = next((v for v in values if isinstance(v, torch.Tensor) and v.ndim), None)
-    return None if first is None else first.shape[0]
+def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    values = (kwargs.get("hidden_states"), *args, *kwargs.values())
+    first = next((v for v in values if isinstance(v, list) or (isinstance(v, torch.Tensor) and v.ndim)), None)
+    return None if first is None else len(first)  # some models take a list of images
