@@ -89,7 +89,9 @@ class SerialLoraPair(nn.Module):
             return self.stacked_A.to(x), self.stacked_B.to(x), 1.0
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        training = torch.is_grad_enabled() and any(self.matrices(name)[0].requires_grad for name in self.gains)
+        # A trainable adapter is cast on every call, gradients or not: what writes to it (diffusers' EMAModel, say) often
+        # goes through `.data`, which no version counter sees.
+        training = any(self.matrices(name)[0].requires_grad for name in self.gains)
         if len(self.gains) == 1:
             (name, gain), *_ = self.gains.items()
             A, B = self.matrices(name)
@@ -106,7 +108,8 @@ class SerialLoraPair(nn.Module):
     def _merge_once(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The active adapters stacked, moved and cast, remembered until one of them changes."""
         matrices = [matrix for name in self.gains for matrix in self.matrices(name)]
-        key = (device, dtype, *(0 if matrix.is_inference() else matrix._version for matrix in matrices))
+        versions = (0 if matrix.is_inference() else matrix._version for matrix in matrices)
+        key = (device, dtype, *versions, *(matrix.data_ptr() for matrix in matrices))
         if self._merged is None or self._merged[0] != key:
             with torch.no_grad():
                 A, B = self.stack(self.gains)
