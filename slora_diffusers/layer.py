@@ -89,8 +89,8 @@ class SerialLoraPair(nn.Module):
             return self.stacked_A.to(x), self.stacked_B.to(x), 1.0
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        # A trainable adapter is cast on every call, gradients or not: what writes to it (diffusers' EMAModel, say) often
-        # goes through `.data`, which no version counter sees.
+        # A trainable adapter is cast on every call, gradients or not: what writes to it often goes through `.data`, as
+        # diffusers' EMAModel does, and no version counter sees that.
         training = any(self.matrices(name)[0].requires_grad for name in self.gains)
         if len(self.gains) == 1:
             (name, gain), *_ = self.gains.items()
