@@ -27,7 +27,8 @@ class SerialLoraConfig:
         targets: Regular expression(s) of the sites to adapt, anchored at both ends; `None` takes all.
         exclude: Regular expression(s) of the sites to leave out, anchored at both ends.
         layers: Index or indices of the blocks to adapt (the first number in a site's path); `None` takes all.
-        rank_pattern: {regular expression of a site: rank}, overriding `rank` there; the first match counts.
+        rank_pattern: {regular expression of a site, or of one pair `<site>.serial_lora.<pair>`: rank}, overriding
+            `rank` there; the first match counts.
         alpha_pattern: {regular expression of a site: alpha}, overriding `alpha` there; the first match counts.
         rslora: Scale by alpha / sqrt(r) instead (rank-stabilised, arXiv 2312.03732).
         init: Distribution of A: "kaiming" (uniform, a = sqrt(5), as LoRA's) or "gaussian" (N(0, 1 / r)). B is zero.
@@ -74,9 +75,10 @@ class SerialLoraConfig:
             return False
         return not isinstance(self.layers, tuple) or block_index(path) in self.layers
 
-    def rank_of(self, path: str) -> int:
-        """Rank r of the pairs at the site `path`."""
-        return next((rank for pattern, rank in self.rank_pattern.items() if matches(pattern, path)), self.rank)
+    def rank_of(self, *names: str) -> int:
+        """Rank r of a pair that goes by these names: the path of its site, and its own key if it has one."""
+        ranks = (rank for pattern, rank in self.rank_pattern.items() if any(matches(pattern, name) for name in names))
+        return next(ranks, self.rank)
 
     def scaling_of(self, path: str, rank: int | None = None) -> float:
         """Scale s of the pairs at the site `path`: alpha / r, or alpha / sqrt(r) with `rslora`."""

@@ -89,10 +89,15 @@ def find_file(source: str | os.PathLike[str], **hub: Any) -> Path:
 
 
 def write_adapter(path: Path, tensors: AdapterTensors) -> None:
+    """Write an adapter's tensors, with its metadata as the file's header."""
+    write_safetensors(path, tensors, {"serial_lora": json.dumps(tensors.metadata)})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and header so that the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    header = {"format": "pt", "serial_lora": json.dumps(tensors.metadata)}
+    header = {"format": "pt", **metadata}
     try:
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(plain, temporary, metadata=header)

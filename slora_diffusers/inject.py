@@ -74,7 +74,7 @@ def add_serial_lora(model: nn.Module, config: SerialLoraConfig, adapter_name: st
             parameter.requires_grad_(False)
     for slot in slots:
         device = device_of(slot.projections[0].owner, slot.projections[0].attribute)
-        A, B = new_matrices(config.rank_of(slot.path), slot.features, config.init, device)
+        A, B = new_matrices(config.rank_of(slot.path, slot.key), slot.features, config.init, device)
         _add_matrices(slot, registry, adapter_name, A, B, config, trainable=True)
     finish_adding(model, registry, adapter_name, config, weight=1.0)
     parameters = sum(p.numel() for p in parameters_of(model, adapter_name))

@@ -317,7 +317,7 @@ def _mismatches(
     wrong: dict[str, str] = {}
     for key, slot in slots.items():
         A, B = tuple(matrices[key]["A"].shape), tuple(matrices[key]["B"].shape)
-        r, d = config.rank_of(slot.path), slot.features
+        r, d = config.rank_of(slot.path, slot.key), slot.features
         if A != (r, d) or B != (d, r):  # noqa: SIM300 (matrices, not constants)
             wrong[key] = f"{key}: lora_A {A} and lora_B {B}, expected ({r}, {d}) and ({d}, {r})"
     return wrong

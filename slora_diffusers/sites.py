@@ -110,7 +110,7 @@ def lora_equivalent(model: nn.Module, chosen: list[Slot], config: SerialLoraConf
     paths = {slot.path for slot in chosen if not slot.pair.optional}
     wanted = {slot.key for slot in chosen}
     weights = {
-        id(projection.owner): (projection, config.rank_of(slot.path))
+        id(projection.owner): (projection, config.rank_of(slot.path, slot.key))
         for slot in find_slots(model)
         if slot.key in wanted or (slot.path in paths and slot.pair.name.endswith("attention_output"))
         for projection in slot.projections
@@ -185,6 +185,11 @@ def _features(path: str, site: nn.Module, projections: tuple[Projection, ...]) -
         raise ArchitectureError(
             f"The attention {path!r} has {', '.join(norms) or 'a residual connection'}: it changes its input before "
             "the projections, or adds it back, so a serial pair would not equal its fused weights."
+        )
+    if isinstance(site, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise ArchitectureError(
+            f"The site {path!r} is a {type(site).__name__}, which would take its pair for one more of its members. "
+            "Name the module around it in the record, and the projections by their path from there."
         )
     widths = {projection.name: in_features(projection) for projection in projections}
     if len(set(widths.values())) != 1:
