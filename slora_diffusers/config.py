@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -62,8 +62,11 @@ class SerialLoraConfig:
             raise SerialLoraError(f"dropout must lie in [0, 1); got {self.dropout!r}.")
         if self.init not in INITS:
             raise SerialLoraError(f"init must be one of {', '.join(INITS)}; got {self.init!r}.")
-        for name in ("inputs", "targets", "exclude", "layers"):
-            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        for name, kind in {"inputs": str, "targets": str, "exclude": str, "layers": int}.items():
+            values = _as_tuple(getattr(self, name))
+            if not all(isinstance(value, kind) for value in values or ()):
+                raise SerialLoraError(f"{name} must be None, or one or several of {kind.__name__}; got {values!r}.")
+            object.__setattr__(self, name, values)
         for pattern in (*(self.targets or ()), *(self.exclude or ()), *self.rank_pattern, *self.alpha_pattern):
             compile_pattern(pattern)
 
@@ -108,7 +111,7 @@ class SerialLoraConfig:
 def _as_tuple(value: Any) -> tuple[Any, ...] | None:
     if value is None:
         return None
-    return (value,) if isinstance(value, str | int) else tuple(value)
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:

@@ -29,7 +29,7 @@ from .fingerprint import fingerprint, same_base
 from .fuse import base_weights
 from .inject import add_loaded
 from .registry import Registry, check_known, check_new_name, pairs_of, registry_of
-from .sites import Slot, find_slots, select_slots, unwrap
+from .sites import Slot, find_slots, is_chosen, unwrap
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -129,7 +129,7 @@ def plan_load(
     if config is None:
         config = _config_of(header, matrices, bool(tensors.metadata))
     slots = {slot.key: slot for slot in find_slots(model)}
-    expected = {slot.key for slot in select_slots(model, config)} if "config" in header else set(matrices)
+    expected = {key for key, slot in slots.items() if is_chosen(slot, config)} if "config" in header else set(matrices)
     missing = sorted(expected - set(matrices)) + [key for key, both in matrices.items() if len(both) < 2]
     unexpected = sorted(set(matrices) - set(slots))
     fitting = {key: slots[key] for key in slots if key in matrices and len(matrices[key]) == 2}

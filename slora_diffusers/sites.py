@@ -80,7 +80,7 @@ def select_slots(model: nn.Module, config: SerialLoraConfig) -> list[Slot]:
     """The places that a config chooses.
 
     Raises:
-        SerialLoraError: If an input's name is unknown, a target matches nothing, or nothing is left.
+        SerialLoraError: If an input's name is unknown, a pattern matches nothing, or nothing is left.
     """
     slots = find_slots(model)
     names = list(dict.fromkeys(slot.pair.name for slot in slots))
@@ -88,21 +88,22 @@ def select_slots(model: nn.Module, config: SerialLoraConfig) -> list[Slot]:
         raise SerialLoraError(
             f"inputs={list(config.inputs)} names {unknown}, but {type(unwrap(model)).__name__} has {names}."
         )
-    for pattern in config.targets or ():
-        if not any(matches(str(pattern), slot.path) for slot in slots):
-            raise SerialLoraError(f"The target {pattern!r} matches no site. {_listing(slots)}")
-    chosen = [
-        slot
-        for slot in slots
-        if config.selects(slot.path)
-        and (not slot.pair.optional if config.inputs is None else slot.pair.name in config.inputs)
-    ]
+    for pattern in (*(config.targets or ()), *config.rank_pattern, *config.alpha_pattern):
+        if not any(matches(pattern, slot.path) for slot in slots):
+            raise SerialLoraError(f"The pattern {pattern!r} matches no site. {_listing(slots)}")
+    chosen = [slot for slot in slots if is_chosen(slot, config)]
     if not chosen:
         raise SerialLoraError(
             f"Nothing matched inputs={config.inputs}, targets={config.targets}, exclude={config.exclude}, "
             f"layers={config.layers}. {_listing(slots)}"
         )
     return chosen
+
+
+def is_chosen(slot: Slot, config: SerialLoraConfig) -> bool:
+    """Whether a config chooses this place."""
+    wanted = not slot.pair.optional if config.inputs is None else slot.pair.name in config.inputs
+    return wanted and config.selects(slot.path)
 
 
 def lora_equivalent(model: nn.Module, chosen: list[Slot], config: SerialLoraConfig) -> int:
