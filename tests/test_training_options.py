@@ -84,7 +84,7 @@ def test_an_unknown_flag_ends_the_program(capsys):
 def test_numbers_out_of_range_and_contradictions_are_refused(flags, message, monkeypatch):
     monkeypatch.setattr("slora_diffusers.training.preflight.quantization_config", lambda *_: None)
     used = options(*NEEDED, *flags)
-    used.cache_latents = used.random_crop = False
+    used.cache_latents, used.center_crop = False, True
     with pytest.raises(SerialLoraError, match=message):
         check_options(used)
 

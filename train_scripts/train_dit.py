@@ -10,31 +10,33 @@ hybrid loss of improved DDPM where the transformer also predicts its variance.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
+from PIL import Image
 from torch import Tensor, nn
 
 import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
 from slora_diffusers import SerialLoraError
 from slora_diffusers.demo.glyphs import HELD_OUT_LETTERS, NEW_STYLES, SEEN_LETTERS, glyph_images
-from slora_diffusers.training.batches import Batch, Batches, Rows, bucket_shapes
-from slora_diffusers.training.cache import Latents, TensorCache, vae_factor
+from slora_diffusers.training.batches import Batch, bucket_shapes
+from slora_diffusers.training.cache import vae_factor
 from slora_diffusers.training.data import Item, find_classes, from_tensors
 from slora_diffusers.training.hub import push_to_hub
 from slora_diffusers.training.objectives import objective_for
 from slora_diffusers.training.options import (
-    ADAPTER, DATA, MODEL, OBJECTIVE, OPTIMIZER, RUN, make_parser, parse,
+    ADAPTER, DATA, MODEL, OBJECTIVE, OPTIMIZER, RUN, make_parser, objective_settings, parse,
 )  # fmt: skip
 from slora_diffusers.training.precision import load_pipeline
 from slora_diffusers.training.preflight import check_sites
 from slora_diffusers.training.run import Run
+from slora_diffusers.training.samples import Samples, evenly_spread
 from slora_diffusers.training.validation import (
-    denoising_losses, fixed_batches, fixed_noise_loss, image_grid, sample_generators,
+    denoising_losses, fixed_noise_loss, sample_generators,
 )  # fmt: skip
 
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
@@ -65,8 +67,7 @@ def find_items(options: argparse.Namespace) -> tuple[list[Item], list[Item]]:
 
     items = find_classes(options.train_data_dir, id_of).report().items
     unseen = find_classes(options.validation_data_dir, id_of).items if options.validation_data_dir else items
-    step = max(1, len(unseen) // max(1, options.validation_loss_images))
-    return items, unseen[::step][: options.validation_loss_images]
+    return items, evenly_spread(unseen, options.validation_loss_images)
 
 
 def keep_labels(transformer: nn.Module) -> None:
@@ -88,20 +89,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     pipe = load_pipeline(DiTPipeline, DiTTransformer2DModel, options, run.weight_dtype).to(run.device)
     run.attach(pipe.transformer)
     keep_labels(pipe.transformer)
-    objective = objective_for(
-        pipe.scheduler, snr_gamma=options.snr_gamma, density=options.weighting_scheme, logit_mean=options.logit_mean,
-        logit_std=options.logit_std, mode_scale=options.mode_scale, precondition=options.precondition_outputs,
-    )  # fmt: skip
+    objective = objective_for(pipe.scheduler, **objective_settings(options))
 
     config, factor = pipe.transformer.config, vae_factor(pipe.vae)
     shapes = bucket_shapes(options.resolution or config.sample_size * factor, None, config.patch_size * factor)
-    rows = Rows.of(items, shapes, run.rows, options.seed)
-    cache = TensorCache(options.cache_dir or run.output_dir / "cache") if options.cache_latents else None
-    latents = Latents(pipe.vae, cache, options.random_crop, options.random_flip, run.device)
-    latents.fill(*run.share(items, [[shape] for shape in rows.shapes]))
-    latents.fill(*run.share(unseen, [shapes] * len(unseen)))
-    run.accelerator.wait_for_everyone()
-    batches = Batches(items, rows, latents.fetch, run.accelerator.process_index, run.accelerator.num_processes)
+    samples = Samples(run, pipe.vae, items, unseen, shapes)
     (transformer,) = run.prepare({"transformer": pipe.transformer})
 
     def predict(noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
@@ -113,26 +105,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
             return transformer(noisy, timestep=timesteps, class_labels=labels).sample
 
     def loss_of(batch: Batch) -> Tensor:
-        return denoising_losses(objective, predict, latents(batch), batch).mean()
+        return denoising_losses(objective, predict, samples.latents(batch), batch).mean()
+
+    def draw() -> list[Image.Image]:
+        return pipe(
+            labels * options.num_validation_images,
+            guidance_scale=options.validation_guidance_scale,
+            num_inference_steps=options.validation_inference_steps,
+            generator=sample_generators(options.seed, len(labels) * options.num_validation_images),
+        ).images
 
     def validate(number: int) -> None:
-        with run.evaluation():
-            fixed: Iterator[Batch] = fixed_batches(unseen, shapes, latents.fetch, options.seed)
-            run.log({"validation_loss": fixed_noise_loss(objective, predict, latents, fixed)}, number)
-            labels = options.validation_labels or sorted({item.label for item in unseen})[:8]
-            count = options.num_validation_images * len(labels)
-            with run.accelerator.autocast():
-                images = pipe(
-                    labels * options.num_validation_images,
-                    guidance_scale=options.validation_guidance_scale,
-                    num_inference_steps=options.validation_inference_steps,
-                    generator=sample_generators(options.seed, count),
-                ).images
-            run.log_images("images", image_grid(images, len(labels)), number)
+        run.validate(number, lambda: fixed_noise_loss(objective, predict, samples), draw, len(labels))
 
+    labels = options.validation_labels or sorted({item.label for item in unseen})[:8]
     if run.start == 0 and run.validates_at(0):
         validate(0)
-    for step in run.steps(lambda start: batches.read(start, options.dataloader_num_workers), loss_of):
+    for step in run.steps(samples.read, loss_of):
         if run.validates_at(step.number) and not step.interrupted:
             validate(step.number)
     path = run.finish()

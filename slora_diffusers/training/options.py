@@ -24,85 +24,89 @@ from .precision import QUANTIZATIONS
 Group = Sequence[tuple[str, dict[str, Any]]]
 
 
-def _switch(help: str) -> dict[str, Any]:
-    return {"action": argparse.BooleanOptionalAction, "default": False, "help": help}
+def switch(help: str, default: bool = False) -> dict[str, Any]:
+    """An option that is on or off."""
+    return {"action": argparse.BooleanOptionalAction, "default": default, "help": help}
 
 
-def _value(kind: Any, default: Any, help: str, **more: Any) -> dict[str, Any]:
+def value(kind: Any, default: Any, help: str, **more: Any) -> dict[str, Any]:
+    """An option that takes a value."""
     return {"type": kind, "default": default, "help": help, **more}
 
 
 MODEL: Group = (
-    ("pretrained_model_name_or_path", _value(str, None, "Folder or Hub id of the pipeline to adapt.", required=True)),
-    ("revision", _value(str, None, "Revision on the Hub.")),
-    ("variant", _value(str, None, "Variant of the weight files, e.g. fp16.")),
-    ("mixed_precision", _value(str, "no", "Precision of the forward pass.", choices=("no", "fp16", "bf16"))),
-    ("quantize", _value(str, None, "Load the base weights quantized.", choices=QUANTIZATIONS)),
-    ("gradient_checkpointing", _switch("Recompute activations in the backward pass to save memory.")),
-    ("compile", _switch("Compile the transformer with torch.compile.")),
+    ("pretrained_model_name_or_path", value(str, None, "Folder or Hub id of the pipeline to adapt.", required=True)),
+    ("revision", value(str, None, "Revision on the Hub.")),
+    ("variant", value(str, None, "Variant of the weight files, e.g. fp16.")),
+    ("mixed_precision", value(str, "no", "Precision of the forward pass.", choices=("no", "fp16", "bf16"))),
+    ("quantize", value(str, None, "Load the base weights quantized.", choices=QUANTIZATIONS)),
+    ("gradient_checkpointing", switch("Recompute activations in the backward pass to save memory.")),
+    ("allow_tf32", switch("Let matrix products round to TF32 on GPUs.")),
+    ("compile", switch("Compile the transformer with torch.compile.")),
 )
 ADAPTER: Group = (
-    ("adapter", _value(str, "serial", "What to train: Serial LoRA, PEFT's LoRA or every weight.", choices=ADAPTERS)),
-    ("rank", _value(int, 16, "Rank of the adapter.")),
-    ("alpha", _value(float, None, "Numerator of the scale alpha / rank; the rank itself by default.")),
-    ("dropout", _value(float, 0.0, "Dropout on the adapter's input.")),
-    ("rslora", _switch("Scale by alpha / sqrt(rank).")),
-    ("inputs", _value(str, None, "Attention inputs that get a pair; all by default.", nargs="+")),
-    ("targets", _value(str, None, "Regular expressions of the attentions to adapt.", nargs="+")),
-    ("exclude", _value(str, None, "Regular expressions of the attentions to leave out.", nargs="+")),
-    ("layers", _value(int, None, "Blocks to adapt, by index.", nargs="+")),
+    ("adapter", value(str, "serial", "What to train: Serial LoRA, PEFT's LoRA or every weight.", choices=ADAPTERS)),
+    ("rank", value(int, 16, "Rank of the adapter.")),
+    ("alpha", value(float, None, "Numerator of the scale alpha / rank; the rank itself by default.")),
+    ("dropout", value(float, 0.0, "Dropout on the adapter's input.")),
+    ("rslora", switch("Scale by alpha / sqrt(rank).")),
+    ("inputs", value(str, None, "Attention inputs that get a pair; all by default.", nargs="+")),
+    ("targets", value(str, None, "Regular expressions of the attentions to adapt.", nargs="+")),
+    ("exclude", value(str, None, "Regular expressions of the attentions to leave out.", nargs="+")),
+    ("layers", value(int, None, "Blocks to adapt, by index.", nargs="+")),
 )
 DATA: Group = (
-    ("resolution", _value(int, None, "Side of the training images in pixels; the model's own by default.")),
-    ("aspect_ratio_buckets", _value(str, None, "auto, or 'height,width;...': shapes other than the square.")),
-    ("random_flip", _switch("Mirror half of the images, anew each epoch.")),
-    ("random_crop", _switch("Cut images at a random place, anew each epoch, instead of the centre.")),
-    ("cache_latents", _switch("Encode the images once, before training.")),
-    ("cache_dir", _value(str, None, "Folder of the caches; <output_dir>/cache by default.")),
-    ("dataloader_num_workers", _value(int, 0, "Processes that read images ahead.")),
+    ("resolution", value(int, None, "Side of the training images in pixels; the model's own by default.")),
+    ("aspect_ratio_buckets", value(str, None, "auto, or 'height,width;...': shapes other than the square.")),
+    ("random_flip", switch("Mirror half of the images, anew each epoch.")),
+    ("center_crop", switch("Cut images from the centre; without, at a random place, anew each epoch.", default=True)),
+    ("cache_latents", switch("Encode the images once, before training.")),
+    ("cache_dir", value(str, None, "Folder of the caches; <output_dir>/cache by default.")),
+    ("dataloader_num_workers", value(int, 0, "Processes that read images ahead.")),
 )
 OPTIMIZER: Group = (
-    ("train_batch_size", _value(int, 4, "Samples per step and process.")),
-    ("gradient_accumulation_steps", _value(int, 1, "Batches per optimizer step.")),
-    ("max_train_steps", _value(int, 500, "Optimizer steps.")),
-    ("learning_rate", _value(float, 1e-4, "Learning rate.")),
-    ("lora_plus_ratio", _value(float, 1.0, "LoRA+: learning rate of B over that of A.")),
-    ("lr_scheduler", _value(str, "constant", "Schedule of the learning rate, as diffusers names them.")),
-    ("lr_warmup_steps", _value(int, 0, "Steps of warm-up.")),
-    ("lr_num_cycles", _value(int, 1, "Restarts of cosine_with_restarts.")),
-    ("lr_power", _value(float, 1.0, "Power of the polynomial schedule.")),
-    ("optimizer", _value(str.lower, "adamw", "Optimizer.", choices=OPTIMIZERS)),
-    ("adam_beta1", _value(float, 0.9, "Decay of the first moment.")),
-    ("adam_beta2", _value(float, 0.999, "Decay of the second moment.")),
-    ("adam_weight_decay", _value(float, 1e-4, "Weight decay.")),
-    ("adam_epsilon", _value(float, 1e-8, "Epsilon of Adam.")),
-    ("max_grad_norm", _value(float, 1.0, "Norm to clip gradients to.")),
-    ("use_ema", _switch("Keep, validate and save an exponential moving average of the trained weights.")),
-    ("ema_decay", _value(float, 0.999, "Decay of that average.")),
+    ("train_batch_size", value(int, 4, "Samples per step and process.")),
+    ("gradient_accumulation_steps", value(int, 1, "Batches per optimizer step.")),
+    ("max_train_steps", value(int, 500, "Optimizer steps.")),
+    ("learning_rate", value(float, 1e-4, "Learning rate.")),
+    ("lora_plus_ratio", value(float, 1.0, "LoRA+: learning rate of B over that of A.")),
+    ("lr_scheduler", value(str, "constant", "Schedule of the learning rate, as diffusers names them.")),
+    ("lr_warmup_steps", value(int, 0, "Steps of warm-up.")),
+    ("lr_num_cycles", value(int, 1, "Restarts of cosine_with_restarts.")),
+    ("lr_power", value(float, 1.0, "Power of the polynomial schedule.")),
+    ("optimizer", value(str.lower, "adamw", "Optimizer.", choices=OPTIMIZERS)),
+    ("use_8bit_adam", switch("The same as --optimizer adamw8bit.")),
+    ("adam_beta1", value(float, 0.9, "Decay of the first moment.")),
+    ("adam_beta2", value(float, 0.999, "Decay of the second moment.")),
+    ("adam_weight_decay", value(float, 1e-4, "Weight decay.")),
+    ("adam_epsilon", value(float, 1e-8, "Epsilon of Adam.")),
+    ("max_grad_norm", value(float, 1.0, "Norm to clip gradients to.")),
+    ("use_ema", switch("Keep, validate and save an exponential moving average of the trained weights.")),
+    ("ema_decay", value(float, 0.999, "Decay of that average.")),
 )
 OBJECTIVE: Group = (
-    ("snr_gamma", _value(float, None, "Gamma of min-SNR weighting, for noise-prediction models.")),
-    ("weighting_scheme", _value(str, "logit_normal", "Distribution of a flow's times.", choices=DENSITIES)),
-    ("logit_mean", _value(float, 0.0, "Mean of the logit-normal distribution.")),
-    ("logit_std", _value(float, 1.0, "Standard deviation of the logit-normal distribution.")),
-    ("mode_scale", _value(float, 1.29, "Scale of the mode distribution.")),
-    ("precondition_outputs", _switch("Compare clean latents instead of velocities, which weighs by sigma squared.")),
+    ("snr_gamma", value(float, None, "Gamma of min-SNR weighting, for noise-prediction models.")),
+    ("weighting_scheme", value(str, "logit_normal", "Distribution of a flow's times.", choices=DENSITIES)),
+    ("logit_mean", value(float, 0.0, "Mean of the logit-normal distribution.")),
+    ("logit_std", value(float, 1.0, "Standard deviation of the logit-normal distribution.")),
+    ("mode_scale", value(float, 1.29, "Scale of the mode distribution.")),
+    ("precondition_outputs", switch("Compare clean latents instead of velocities, which weighs by sigma squared.")),
 )
 RUN: Group = (
-    ("output_dir", _value(str, "outputs/adapter", "Where the adapter, checkpoints and logs go.")),
-    ("seed", _value(int, 0, "Seed of everything that is drawn.")),
-    ("validation_steps", _value(int, 100, "Validate every so many steps, and at step 0; 0 for never.")),
-    ("validation_loss_images", _value(int, 8, "Images in the fixed-noise validation loss.")),
-    ("num_validation_images", _value(int, 4, "Validation images per prompt.")),
-    ("validation_inference_steps", _value(int, 25, "Sampling steps of the validation images.")),
-    ("validation_guidance_scale", _value(float, 4.0, "Guidance scale of the validation images.")),
-    ("checkpointing_steps", _value(int, 500, "Write a checkpoint every so many steps; 0 for none.")),
-    ("checkpoints_total_limit", _value(int, None, "Keep at most so many checkpoints.")),
-    ("resume_from_checkpoint", _value(str, None, "'latest', or a checkpoint's folder.")),
-    ("report_to", _value(str, None, "Tracker: tensorboard, wandb, trackio, ...")),
-    ("push_to_hub", _switch("Upload the result to the Hub.")),
-    ("hub_model_id", _value(str, None, "Name on the Hub; that of output_dir by default.")),
-    ("hub_token", _value(str, None, "Token for the Hub.")),
+    ("output_dir", value(str, "outputs/adapter", "Where the adapter, checkpoints and logs go.")),
+    ("seed", value(int, 0, "Seed of everything that is drawn.")),
+    ("validation_steps", value(int, 100, "Validate every so many steps, and at step 0; 0 for never.")),
+    ("validation_loss_images", value(int, 8, "Images in the fixed-noise validation loss.")),
+    ("num_validation_images", value(int, 4, "Validation images per prompt.")),
+    ("validation_inference_steps", value(int, 25, "Sampling steps of the validation images.")),
+    ("validation_guidance_scale", value(float, 4.0, "Guidance scale of the validation images.")),
+    ("checkpointing_steps", value(int, 500, "Write a checkpoint every so many steps; 0 for none.")),
+    ("checkpoints_total_limit", value(int, None, "Keep at most so many checkpoints.")),
+    ("resume_from_checkpoint", value(str, None, "'latest', or a checkpoint's folder.")),
+    ("report_to", value(str, None, "Tracker: tensorboard, wandb, trackio, ...")),
+    ("push_to_hub", switch("Upload the result to the Hub.")),
+    ("hub_model_id", value(str, None, "Name on the Hub; that of output_dir by default.")),
+    ("hub_token", value(str, None, "Token for the Hub.")),
 )
 _NOT_SAVED = frozenset({"config", "hub_token"})
 
@@ -129,7 +133,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     path = finder.parse_known_args(argv)[0].config
     if path is not None:
         parser.set_defaults(**_read_config(parser, Path(path)))
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if getattr(options, "use_8bit_adam", False):
+        options.optimizer = "adamw8bit"
+    return options
 
 
 def save_options(options: argparse.Namespace, path: Path) -> None:
@@ -143,6 +150,18 @@ def adapter_config(options: argparse.Namespace) -> SerialLoraConfig:
     """The adapter's config from the options."""
     names = ("rank", "alpha", "dropout", "rslora", "inputs", "targets", "exclude", "layers")
     return SerialLoraConfig(**{name: getattr(options, name) for name in names})
+
+
+def objective_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that shape the loss, by the names that `objective_for` takes."""
+    return {
+        "snr_gamma": options.snr_gamma,
+        "density": options.weighting_scheme,
+        "logit_mean": options.logit_mean,
+        "logit_std": options.logit_std,
+        "mode_scale": options.mode_scale,
+        "precondition": options.precondition_outputs,
+    }
 
 
 def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def check_options(options: argparse.Namespace) -> None:
     for name in _AT_LEAST_ONE:
         if getattr(options, name) < 1:
             raise SerialLoraError(f"--{name} must be at least 1; got {getattr(options, name)}.")
-    if options.cache_latents and options.random_crop:
-        raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --random_crop.")
+    if options.cache_latents and not options.center_crop:
+        raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --no-center_crop.")
     if options.adapter == "full" and options.quantize:
         raise SerialLoraError("--adapter full trains the weights themselves: they cannot be quantized (--quantize).")
 

@@ -28,6 +28,7 @@ from .optim import evaluation_weights, make_optimizer, parameter_groups
 from .options import adapter_config, save_options
 from .precision import DTYPES, check_trainables_fp32, trainable
 from .preflight import check_options
+from .validation import image_grid
 
 logger: Any = get_logger(__name__)
 # Options that may change when a run is resumed without changing what it computes.
@@ -61,6 +62,7 @@ class Run:
         )
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.device = self.accelerator.device
+        torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
         # Trained in full, the base stays fp32 and autocast does the rest; a frozen one is held in the low precision.
         self.weight_dtype = torch.float32 if options.adapter == "full" else DTYPES[options.mixed_precision]
         self.adapter = ADAPTERS[options.adapter]
@@ -179,6 +181,15 @@ class Run:
         """This process's part of lists of the same length."""
         accelerator = self.accelerator
         return [entries[accelerator.process_index :: accelerator.num_processes] for entries in lists]
+
+    def validate(self, number: int, loss: Callable[[], float], draw: Callable[[], list[Image.Image]], columns: int) -> None:
+        """Log the validation loss and a grid of images; every process computes both, so none waits for another."""
+        with self.evaluation():
+            self.log({"validation_loss": loss()}, number)
+            with self.accelerator.autocast():
+                images = draw() if self.options.num_validation_images else []
+            if images:
+                self.log_images("images", image_grid(images, columns), number)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Write numbers to `<output_dir>/metrics.jsonl` and send them to the tracker."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -15,6 +16,16 @@ from .objectives import Objective
 from .randomness import generator, generators
 
 Predict = Callable[[Tensor, Tensor, Batch], Tensor]
+
+
+class Fixed(Protocol):
+    """Validation images that are the same at every call, one to a batch, and their clean latents."""
+
+    def fixed(self) -> Iterator[Batch]:
+        """The batches."""
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Clean latents of a batch."""
 
 
 def denoising_losses(
@@ -46,13 +57,11 @@ def fixed_batches(items: Sequence[Item], shapes: list[Shape], fetch: Fetch, seed
 
 
 @torch.no_grad()
-def fixed_noise_loss(
-    objective: Objective, predict: Predict, latents_of: Callable[[Batch], Tensor], batches: Iterator[Batch], times: int = 8
-) -> float:
-    """Mean loss over `batches` at `times` stratified times each, with noise that is the same at every call."""
+def fixed_noise_loss(objective: Objective, predict: Predict, samples: Fixed, times: int = 8) -> float:
+    """Mean loss of the validation images at `times` stratified times each, with noise that is the same at every call."""
     losses = []
-    for batch in batches:
-        x0 = latents_of(batch)
+    for batch in samples.fixed():
+        x0 = samples.latents(batch)
         for index, time in enumerate(objective.stratified_times(times)):
             own_noise = replace(batch, samples=[index])
             losses.append(denoising_losses(objective, predict, x0, own_noise, time[None]))

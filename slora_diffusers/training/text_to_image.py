@@ -1,0 +1,174 @@
+"""What the text-to-image recipes share: their options, their images and captions, prior images and text embeddings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import free_memory
+from torch import Tensor
+
+from ..errors import SerialLoraError
+from .batches import Batch, Shape
+from .cache import TensorCache, Tensors, cache_texts, key_of, model_key
+from .data import Item, find_images, from_dataset
+from .options import Group, switch, value
+from .randomness import generator
+from .run import Run
+
+TEXT_TO_IMAGE: Group = (
+    ("instance_data_dir", value(str, None, "Folder of the images (and captions) to train on.")),
+    ("instance_prompt", value(str, None, "Caption of images that have none of their own.")),
+    ("dataset_name", value(str, None, "Data set to train on instead: Hub id, or folder of save_to_disk.")),
+    ("dataset_config_name", value(str, None, "Config of that data set.")),
+    ("image_column", value(str, "image", "Its column of images.")),
+    ("caption_column", value(str, "text", "Its column of captions.")),
+    ("with_prior_preservation", switch("Train on images of the class too, so that the class is not forgotten.")),
+    ("class_data_dir", value(str, None, "Folder of the class images; missing ones are drawn with the base.")),
+    ("class_prompt", value(str, None, "Caption of the class images.")),
+    ("num_class_images", value(int, 100, "How many class images there are to be.")),
+    ("prior_loss_weight", value(float, 1.0, "Weight of the class images' loss.")),
+    ("sample_batch_size", value(int, 4, "Class images that are drawn at a time.")),
+    ("proportion_empty_prompts", value(float, 0.0, "Share of samples that get the empty prompt.")),
+    ("max_sequence_length", value(int, None, "Tokens of the T5 encoder; the model's own by default.")),
+    ("validation_prompt", value(str, None, "Prompt of the validation images; the first caption by default.")),
+    ("validation_data_dir", value(str, None, "Images for the validation loss; the training images by default.")),
+)
+
+
+def find_instances(options: argparse.Namespace) -> tuple[list[Item], list[Item]]:
+    """The images to train on, and those to validate on.
+
+    Raises:
+        SerialLoraError: If there are none, or it is not clear which ones are meant.
+    """
+    if (options.instance_data_dir is None) == (options.dataset_name is None):
+        raise SerialLoraError("give one of --instance_data_dir and --dataset_name.")
+    if options.with_prior_preservation and not (options.class_data_dir and options.class_prompt):
+        raise SerialLoraError("--with_prior_preservation needs --class_data_dir and --class_prompt.")
+    if options.instance_data_dir is not None:
+        items = find_images(options.instance_data_dir, prompt=options.instance_prompt).report().items
+    else:
+        dataset = _load_dataset(options.dataset_name, options.dataset_config_name)
+        columns = (options.image_column, options.caption_column, options.instance_prompt)
+        items = from_dataset(dataset, *columns).report().items
+    unseen = items
+    if options.validation_data_dir is not None:
+        unseen = find_images(options.validation_data_dir, prompt=options.instance_prompt).items
+    return items, unseen
+
+
+def find_class_images(run: Run, draw: Callable[[int, list[torch.Generator]], Sequence[Any]]) -> list[Item]:
+    """The class images of a run with prior preservation (none without); missing ones are drawn first.
+
+    Args:
+        run: Knows the options and the processes.
+        draw: Draws a number of images of the class, from as many generators.
+    """
+    options = run.options
+    if not options.with_prior_preservation:
+        return []
+    folder = Path(options.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = len(find_images(folder, prompt="").items) if any(folder.iterdir()) else 0
+    run.accelerator.wait_for_everyone()  # every process has counted before any of them adds to the folder
+    (numbers,) = run.share(range(there, options.num_class_images))
+    for start in range(0, len(numbers), options.sample_batch_size):
+        chosen = numbers[start : start + options.sample_batch_size]
+        draws = [generator(options.seed, "class image", number) for number in chosen]
+        for number, image in zip(chosen, draw(len(chosen), draws), strict=True):
+            image.save(folder / f"class-{number:05d}.png")
+    run.accelerator.wait_for_everyone()
+    return find_images(folder, captions=_Always(options.class_prompt)).items[: options.num_class_images]
+
+
+class Texts:
+    """Text embeddings, encoded once and read from the cache; the encoders can go after `fill`.
+
+    Args:
+        run: Knows the options and the processes.
+        pipe: The pipeline; its text encoders are part of the cache's keys.
+        encode: One text to named tensors, each with a batch dimension of 1, named as the pipeline's arguments.
+        length: Tokens of the T5 encoder.
+    """
+
+    def __init__(self, run: Run, pipe: Any, encode: Callable[[str], Tensors], length: int) -> None:
+        options = run.options
+        self._run, self._encode = run, encode
+        self._cache = TensorCache(options.cache_dir or run.output_dir / "cache")
+        encoders = [pipe.components.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+        made_by = [None if encoder is None else model_key(encoder) for encoder in encoders]
+        self._maker = key_of(made_by, length, str(run.weight_dtype))
+        self._keys: dict[str, str] = {}
+
+    def fill(self, texts: Iterable[str]) -> None:
+        """Encode what the cache lacks; processes share the work."""
+
+        @torch.no_grad()
+        def encode(text: str) -> Tensors:
+            return {name: tensor[0] for name, tensor in self._encode(text).items()}
+
+        wanted = sorted(set(texts))
+        (mine,) = self._run.share(wanted)
+        cache_texts(self._cache, mine, encode, self._maker)
+        self._run.accelerator.wait_for_everyone()
+        self._keys |= cache_texts(self._cache, wanted, encode, self._maker)
+
+    def __call__(self, texts: Sequence[str]) -> Tensors:
+        """The embeddings of texts, stacked, on the run's device."""
+        entries = [self._cache[self._keys[text]] for text in texts]
+        return {name: torch.stack([entry[name] for entry in entries]).to(self._run.device) for name in entries[0]}
+
+
+def captions_of(batch: Batch, empty: float) -> list[str]:
+    """The captions of a batch, a share of them dropped; validation's batches keep theirs."""
+    captions = [item.caption for item in batch.items]
+    if batch.number < 0 or not empty:
+        return captions
+    return ["" if dropped else caption for caption, dropped in zip(captions, batch.dropped(empty).tolist(), strict=True)]
+
+
+def pipeline_arguments(texts: Callable[[Sequence[str]], Tensors], prompt: str, count: int) -> dict[str, Tensor]:
+    """A prompt and the empty prompt, `count` times, as a pipeline takes embeddings."""
+    positive, negative = texts([prompt] * count), texts([""] * count)
+    return {**positive, **{f"negative_{name}": tensor for name, tensor in negative.items()}}
+
+
+def free(pipe: Any, names: Iterable[str]) -> None:
+    """Drop components of a pipeline and the memory that they hold."""
+    pipe.register_modules(**dict.fromkeys(names))
+    free_memory()
+
+
+def square(shapes: list[Shape], resolution: int) -> Shape:
+    """The shape of validation and class images: the square if it is one of the buckets, else the first bucket."""
+    return (resolution, resolution) if (resolution, resolution) in shapes else shapes[0]
+
+
+class _Always(dict[str, str]):
+    """Any name to the same caption."""
+
+    def __init__(self, caption: str) -> None:
+        super().__init__()
+        self._caption = caption
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> str:
+        return self._caption
+
+
+def _load_dataset(name: str, config: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise SerialLoraError("--dataset_name needs the package datasets: pip install datasets.") from error
+    if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
+        loaded = datasets.load_from_disk(name)
+    else:
+        loaded = datasets.load_dataset(name, config)
+    return loaded["train"] if isinstance(loaded, dict) else loaded

@@ -1,0 +1,148 @@
+"""Teaches Stable Diffusion 3 or 3.5 a subject or a style from a few images (DreamBooth), with Serial LoRA.
+
+    accelerate launch train_scripts/train_dreambooth_sd3.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers \
+        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir outputs/dog \
+        --mixed_precision bf16 --cache_latents --validation_prompt "a photo of sks dog in a bucket"
+
+Rectified flow (Esser et al., arXiv 2403.03206): z = (1 - sigma) z_0 + sigma eps, and the transformer learns eps - z_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
+from torch import Tensor, nn
+
+import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
+from slora_diffusers.training.batches import Batch, bucket_shapes
+from slora_diffusers.training.cache import vae_factor
+from slora_diffusers.training.hub import push_to_hub
+from slora_diffusers.training.objectives import objective_for, prior_preservation
+from slora_diffusers.training.options import (
+    ADAPTER, DATA, MODEL, OBJECTIVE, OPTIMIZER, RUN, make_parser, objective_settings, parse, switch, value,
+)  # fmt: skip
+from slora_diffusers.training.precision import load_pipeline
+from slora_diffusers.training.preflight import check_sites
+from slora_diffusers.training.run import Run
+from slora_diffusers.training.samples import Samples, evenly_spread
+from slora_diffusers.training.text_to_image import (
+    TEXT_TO_IMAGE, Texts, captions_of, find_class_images, find_instances, free, pipeline_arguments, square,
+)  # fmt: skip
+from slora_diffusers.training.validation import denoising_losses, fixed_noise_loss, sample_generators
+
+SD3 = (
+    ("train_text_encoder", switch("Give the two CLIP text encoders pairs, too.")),
+    ("text_encoder_lr", value(float, 5e-6, "Learning rate of the text encoders' pairs.")),
+)
+T5_LENGTH = 77  # tokens; the pipeline's own default is 256
+CLIP_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def encode_text(pipe: StableDiffusion3Pipeline, text: str, length: int) -> dict[str, Tensor]:
+    """The pipeline's own embeddings: both CLIPs side by side, then T5's; and the CLIPs' pooled ones."""
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        text, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def encode_clip(pipe: Any, encoders: Sequence[nn.Module], texts: Sequence[str], known: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`known`, with the part of the CLIP encoders computed anew, so that gradients reach them."""
+    hidden, pooled = [], []
+    for tokenizer, encoder in zip((pipe.tokenizer, pipe.tokenizer_2), encoders, strict=True):
+        length = pipe.tokenizer_max_length
+        ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        output = encoder(ids.to(known["prompt_embeds"].device), output_hidden_states=True)
+        hidden.append(output.hidden_states[-2])  # (B, 77, d)
+        pooled.append(output[0])
+    embeds = known["prompt_embeds"]  # (B, 77 + T5 length, D)
+    clip = torch.cat(hidden, dim=-1).to(embeds.dtype)
+    clip = nn.functional.pad(clip, (0, embeds.shape[-1] - clip.shape[-1]))
+    embeds = torch.cat([clip, embeds[:, clip.shape[1] :]], dim=1)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": torch.cat(pooled, dim=-1)}
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train, and give the path of what was trained."""
+    groups = (MODEL, ADAPTER, DATA, TEXT_TO_IMAGE, SD3, OPTIMIZER, OBJECTIVE, RUN)
+    options = parse(make_parser(__doc__ or "", *groups), argv)
+    items, unseen = find_instances(options)
+    check_sites(SD3Transformer2DModel, options)
+    run = Run(options)
+    set_seed(options.seed)  # of the adapter's initial weights: the same on every process
+
+    pipe = load_pipeline(StableDiffusion3Pipeline, SD3Transformer2DModel, options, run.weight_dtype).to(run.device)
+    factor = vae_factor(pipe.vae)
+    config = pipe.transformer.config
+    resolution = options.resolution or config.sample_size * factor
+    shapes = bucket_shapes(resolution, options.aspect_ratio_buckets, config.patch_size * factor)
+    height, width = square(shapes, resolution)
+    settings = {"num_inference_steps": options.validation_inference_steps, "height": height, "width": width}
+
+    def draw_class(count: int, draws: list[torch.Generator]) -> list[Image.Image]:
+        return pipe([options.class_prompt] * count, generator=draws, **settings).images
+
+    prior = find_class_images(run, draw_class)
+    length = options.max_sequence_length or T5_LENGTH
+    texts = Texts(run, pipe, lambda text: encode_text(pipe, text, length), length)
+    prompt = options.validation_prompt or items[0].caption
+    texts.fill([item.caption for item in (*items, *unseen, *prior)] + [prompt, ""])
+    free(pipe, ["text_encoder_3"] if options.train_text_encoder else [*CLIP_ENCODERS, "text_encoder_3"])
+    samples = Samples(run, pipe.vae, items, evenly_spread(unseen, options.validation_loss_images), shapes, prior)
+
+    trained = ("transformer", *CLIP_ENCODERS) if options.train_text_encoder else ("transformer",)
+    for name in trained:
+        run.attach(getattr(pipe, name))
+    tokens = height * width // (factor * config.patch_size) ** 2
+    objective = objective_for(pipe.scheduler, tokens=tokens, **objective_settings(options))
+    rates = dict.fromkeys(CLIP_ENCODERS, options.text_encoder_lr)
+    transformer, *clips = run.prepare({name: getattr(pipe, name) for name in trained}, rates)
+
+    def condition(captions: Sequence[str]) -> dict[str, Tensor]:
+        return encode_clip(pipe, clips, captions, texts(captions)) if clips else texts(captions)
+
+    def predict(noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        with run.accelerator.autocast():
+            text = condition(captions_of(batch, options.proportion_empty_prompts))
+            return transformer(
+                noisy.to(run.weight_dtype),
+                timestep=timesteps,  # fp32: bf16 has no room for a thousand of them
+                encoder_hidden_states=text["prompt_embeds"].to(run.weight_dtype),
+                pooled_projections=text["pooled_prompt_embeds"].to(run.weight_dtype),
+            ).sample
+
+    def loss_of(batch: Batch) -> Tensor:
+        losses = denoising_losses(objective, predict, samples.latents(batch), batch)
+        return prior_preservation(losses, batch.prior.to(losses.device), options.prior_loss_weight)
+
+    def draw() -> list[Image.Image]:
+        return pipe(
+            **pipeline_arguments(condition, prompt, options.num_validation_images),
+            guidance_scale=options.validation_guidance_scale,
+            generator=sample_generators(options.seed, options.num_validation_images),
+            **settings,
+        ).images
+
+    def validate(number: int) -> None:
+        run.validate(number, lambda: fixed_noise_loss(objective, predict, samples), draw, options.num_validation_images)
+
+    if run.start == 0 and run.validates_at(0):
+        validate(0)
+    for step in run.steps(samples.read, loss_of):
+        if run.validates_at(step.number) and not step.interrupted:
+            validate(step.number)
+    path = run.finish()
+    if options.push_to_hub and run.accelerator.is_main_process:
+        push_to_hub(options)
+    return path
+
+
+if __name__ == "__main__":
+    main()
