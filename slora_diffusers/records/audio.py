@@ -57,6 +57,6 @@ RECORDS = (
                 *output("to_out"),
             ),
         },
-        "the attention norms its input inside: the pair sits behind the norm, and feeds the gate too",
+        "the pair sits behind the norm inside the attention, and feeds the gate too; the insertion head stays as it is",
     ),
 )

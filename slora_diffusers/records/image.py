@@ -22,7 +22,6 @@ from .base import (
     swiglu,
 )
 
-_FLUX = {**TEXT_AND_IMAGE, **blocks("single_transformer_blocks", attn=SELF_IN), **SINGLE}
 _SPLIT_MLP = swiglu("linear_1 linear_2")
 _SPLIT_ENCODER_MLP = swiglu("linear_1 linear_2", name="encoder_feed_forward")
 _LUMINA_MLP = swiglu("linear_1 linear_3")
@@ -48,12 +47,17 @@ RECORDS = (
         {**TEXT_AND_IMAGE, **blocks("transformer_blocks", attn2=SELF)},
     ),
     Architecture(
-        "Flux.1",
-        ("FluxTransformer2DModel", "ChromaTransformer2DModel"),
-        _FLUX,
-        "`ChromaTransformer2DModel` is Chroma",
+        "Flux.1, Chroma, Bria 3.2, Fibo, Ovis-Image, LongCat-Image",
+        (
+            "FluxTransformer2DModel",
+            "ChromaTransformer2DModel",
+            "BriaTransformer2DModel",
+            "BriaFiboTransformer2DModel",
+            "OvisImageTransformer2DModel",
+            "LongCatImageTransformer2DModel",
+        ),
+        {**TEXT_AND_IMAGE, **blocks("single_transformer_blocks", attn=SELF_IN), **SINGLE},
     ),
-    Architecture("Bria 3.2, Fibo", ("BriaTransformer2DModel", "BriaFiboTransformer2DModel"), _FLUX),
     Architecture(
         "Bria Fibo 2",
         ("BriaFibo2Transformer2DModel",),
@@ -63,8 +67,6 @@ RECORDS = (
             **blocks("perceiver.layers", cross_attention=CROSS, self_attention=SELF, ffn=_W_MLP),
         },
     ),
-    Architecture("Ovis-Image", ("OvisImageTransformer2DModel",), _FLUX),
-    Architecture("LongCat-Image", ("LongCatImageTransformer2DModel",), _FLUX),
     Architecture(
         "Flux.2",
         ("Flux2Transformer2DModel",),
@@ -102,7 +104,12 @@ RECORDS = (
             **blocks("single_transformer_blocks", attn=SELF, ff=_SPLIT_MLP),
         },
     ),
-    Architecture("Hunyuan-DiT", ("HunyuanDiT2DModel",), blocks("blocks", attn1=SELF, attn2=CROSS, ff=FEED_FORWARD)),
+    Architecture(
+        "Hunyuan-DiT",
+        ("HunyuanDiT2DModel",),
+        blocks("blocks", attn1=SELF, attn2=CROSS, ff=FEED_FORWARD),
+        "the text pooler adds positions before it projects: it stays as it is",
+    ),
     Architecture(
         "Lumina 2",
         ("Lumina2Transformer2DModel",),

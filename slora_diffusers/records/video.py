@@ -132,6 +132,7 @@ RECORDS = (
         "Mochi",
         ("MochiTransformer3DModel",),
         blocks("transformer_blocks", attn1=JOINT, ff=FEED_FORWARD, ff_context=ENCODER_FEED_FORWARD),
+        "the text pooler adds a mean before it projects: it stays as it is",
     ),
     Architecture("Allegro", ("AllegroTransformer3DModel",), SELF_CROSS),
     Architecture(
