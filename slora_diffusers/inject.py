@@ -68,6 +68,11 @@ def add_serial_lora(model: nn.Module, config: SerialLoraConfig, adapter_name: st
     """
     registry = registry_of(model, create=True)
     check_new_name(registry, adapter_name)
+    if registry.capacity is not None:
+        raise AdapterStateError(
+            "The model has capacity reserved for swapping adapters, and its fixed operands do not train. Call "
+            "unload_serial_lora() before adding an adapter to train."
+        )
     slots = select_slots(model, config)
     for name, parameter in unwrap(model).named_parameters():
         if ".serial_lora." not in f".{name}":
@@ -173,6 +178,7 @@ def reserve_serial_lora(
         raise AdapterStateError(f"The adapters already there use pairs that `inputs` leaves out: {missing[:3]}.")
     for pair in pairs_of(model).values():
         check_room(pair, pair.weights, room)
+    _register(model, registry)
     registry.capacity = capacity
     for slot in slots:
         weight = slot.projections[0].weight
@@ -229,17 +235,22 @@ def ensure_pair(slot: Slot, registry: Registry) -> SerialLoraPair:
 
 def finish_adding(model: nn.Module, registry: Registry, name: str, config: SerialLoraConfig, weight: float) -> None:
     """Record a new adapter, activate it beside those that are active, and hook the sites that had none."""
-    inner = unwrap(model)
-    if getattr(inner, "_serial_lora", None) is None:
-        inner._serial_lora = registry  # pyright: ignore[reportArgumentType]
-        call = ModelCall(registry.call)
-        inner.register_forward_pre_hook(call.before, with_kwargs=True)
-        inner.register_forward_hook(call.after, always_call=True)
+    _register(model, registry)
     registry.configs[name] = config
-    follow_group_offload(inner)
+    follow_group_offload(unwrap(model))
     activate(model, {**registry.active, name: weight})
     if registry.capacity is None:
         attach_all(model)
+
+
+def _register(model: nn.Module, registry: Registry) -> None:
+    """Write the registry and the hooks of the whole model on a model that has none."""
+    model = unwrap(model)
+    if getattr(model, "_serial_lora", None) is None:
+        model._serial_lora = registry  # pyright: ignore[reportArgumentType]
+        call = ModelCall(registry.call)
+        model.register_forward_pre_hook(call.before, with_kwargs=True)
+        model.register_forward_hook(call.after, always_call=True)
 
 
 def activate(model: nn.Module, chosen: Mapping[str, Weights]) -> None:

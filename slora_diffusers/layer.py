@@ -68,7 +68,8 @@ class SerialLoraPair(nn.Module):
         call = self.call.current()
         if call.samples is not None:
             return self._forward_per_sample(x, call)
-        if call.scale == 0 or (not self.gains and self.stacked_A is None):
+        # With reserved capacity nothing here may read the adapters: torch.compile would guard on what it read.
+        if call.scale == 0 or (self.stacked_A is None and not self.gains):
             return x
         A, B, s = self._operands(x)  # (r, d), (d, r)
         h = self._down(x, A)  # (..., r)
@@ -76,7 +77,7 @@ class SerialLoraPair(nn.Module):
         return torch.addmm(x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=s).view_as(x)
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
-        if self.training and any(self.dropout[name] for name in self.gains):
+        if self.training and self.stacked_A is None and any(self.dropout[name] for name in self.gains):
             parts = A.split([self.matrices(name)[0].shape[0] for name in self.gains])
             dropped = (F.dropout(x, self.dropout[name]) for name in self.gains)
             return torch.cat([F.linear(x_i, A_i) for x_i, A_i in zip(dropped, parts, strict=True)], dim=-1)
