@@ -1,0 +1,180 @@
+"""Hot swap: with capacity reserved before compiling, no change of adapters recompiles or breaks a graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import slora_diffusers as sl
+from tests.adapters import add_random_adapter, output_of
+from tests.test_lifecycle import FAMILIES
+from tests.tiny_models import TINY
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def saved(tmp_path, tiny, name, seed, **config):
+    """A folder with a random adapter for the tiny model."""
+    model = tiny.build()
+    add_random_adapter(model, name, seed=seed, **config)
+    sl.save_serial_lora(model, tmp_path / name, name)
+    return tmp_path / name, output_of(model, tiny)
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_swapping_adapters_of_other_rank_alpha_and_sites_never_recompiles(name, tmp_path):
+    tiny = TINY[name]
+    base = output_of(tiny.build(), tiny)
+    a, output_a = saved(tmp_path, tiny, "a", 1, rank=2, alpha=1)
+    b, output_b = saved(tmp_path, tiny, "b", 2, rank=4, alpha=8, layers=[0])
+    model = tiny.build()
+    sl.reserve_serial_lora(model, capacity=(4, 2))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(output_of(compiled, tiny), base, atol=1e-5)
+    first = graphs()
+    assert first > 0
+
+    sl.load_serial_lora(model, a, "a")
+    assert torch.allclose(output_of(compiled, tiny), output_a, atol=1e-5)
+    sl.set_serial_lora(model, [])
+    assert torch.allclose(output_of(compiled, tiny), base, atol=1e-5)
+    sl.load_serial_lora(compiled, b, "b")
+    assert torch.allclose(output_of(compiled, tiny), output_b, atol=1e-5)
+    sl.set_serial_lora(model, ["a", "b"], [0.5, -0.25])
+    both = output_of(compiled, tiny)
+    sl.delete_serial_lora(model, "a")
+    sl.set_serial_lora(model, "b")
+    assert torch.allclose(output_of(compiled, tiny), output_b, atol=1e-5)
+    assert graphs() == first
+    assert not counters["graph_break"]
+
+    plain = tiny.build()
+    sl.load_serial_lora(plain, a, "a")
+    sl.load_serial_lora(plain, b, "b")
+    sl.set_serial_lora(plain, ["a", "b"], [0.5, -0.25])
+    assert torch.allclose(both, output_of(plain, tiny), atol=1e-5)
+
+
+def test_the_saved_config_is_the_swapped_adapters(tmp_path):
+    tiny = TINY["DiTTransformer2DModel"]
+    a, _ = saved(tmp_path, tiny, "a", 1, rank=2, alpha=1)
+    b, output_b = saved(tmp_path, tiny, "b", 2, rank=4, alpha=8, layers=[0])
+    model = tiny.build()
+    sl.reserve_serial_lora(model, capacity=(4, 1))
+    sl.load_serial_lora(model, a, "a")
+    sl.delete_serial_lora(model, "a")
+    sl.load_serial_lora(model, b, "b")
+    sl.save_serial_lora(model, tmp_path / "again")
+    plain = tiny.build()
+    sl.load_serial_lora(plain, tmp_path / "again")
+    assert torch.allclose(output_of(plain, tiny), output_b, atol=1e-5)
+    assert sl.serial_lora_state_dict(plain).metadata["components"]["transformer"]["config"]["layers"] == [0]
+
+
+def test_more_than_the_capacity_is_refused_before_anything_changes(tmp_path):
+    tiny = TINY["DiTTransformer2DModel"]
+    a, _ = saved(tmp_path, tiny, "a", 1, rank=4)
+    b, _ = saved(tmp_path, tiny, "b", 2, rank=5)
+    c, _ = saved(tmp_path, tiny, "c", 3, rank=1, inputs=("feed_forward",))
+    model = tiny.build()
+    sl.reserve_serial_lora(model, capacity=(4, 2))
+    sl.load_serial_lora(model, a, "a")
+    before = output_of(model, tiny)
+    for path in (b, c):
+        with pytest.raises(sl.SerialLoraError, match="capacity"):
+            sl.load_serial_lora(model, path)
+    assert sl.serial_lora_status(model).active == ["a"]
+    assert torch.equal(output_of(model, tiny), before)
+    with pytest.raises(sl.SerialLoraError, match="capacity"):
+        sl.reserve_serial_lora(tiny.build(), capacity=(0, 1))
+
+
+def test_reserved_capacity_fuses_and_unloads_without_a_trace(tmp_path):
+    tiny = TINY["DiTTransformer2DModel"]
+    a, output_a = saved(tmp_path, tiny, "a", 1, rank=4)
+    model = tiny.build()
+    keys, base = list(model.state_dict()), output_of(model, tiny)
+    sl.reserve_serial_lora(model, capacity=(4, 2))
+    assert torch.allclose(output_of(model, tiny), base, atol=1e-6)
+    sl.load_serial_lora(model, a)
+    for change in (sl.fuse_serial_lora, sl.unfuse_serial_lora):
+        change(model)
+        assert torch.allclose(output_of(model, tiny), output_a, atol=1e-5)
+    sl.unload_serial_lora(model)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(output_of(model, tiny), base)
+
+
+def test_reserved_capacity_refuses_training():
+    model = TINY["DiTTransformer2DModel"].build()
+    sl.reserve_serial_lora(model, capacity=(4, 2))
+    with pytest.raises(sl.SerialLoraError, match="do not train"):
+        sl.add_serial_lora(model, sl.SerialLoraConfig())
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_without_capacity_a_compiled_model_follows_every_change(how, tmp_path):
+    tiny = TINY["SD3Transformer2DModel"]
+    a, output_a = saved(tmp_path, tiny, "a", 1, rank=2, inputs=("hidden_states", "attention_output"))
+    model = tiny.build()
+    base = output_of(model, tiny)
+    if how == "whole":
+        run = torch.compile(model, backend="eager", fullgraph=True)
+    else:
+        run = model
+        for block in model.transformer_blocks:
+            block.compile(backend="eager", fullgraph=True)
+    assert torch.allclose(output_of(run, tiny), base, atol=1e-5)
+    sl.load_serial_lora(model, a, "a")
+    assert torch.allclose(output_of(run, tiny), output_a, atol=1e-5)
+    sl.set_serial_lora(model, [])
+    assert torch.allclose(output_of(run, tiny), base, atol=1e-5)
+    sl.set_serial_lora(model, "a")
+    sl.fuse_serial_lora(model)
+    assert torch.allclose(output_of(run, tiny), output_a, atol=1e-5)
+    sl.unfuse_serial_lora(model)
+    assert torch.allclose(output_of(run, tiny), output_a, atol=1e-5)
+    sl.unload_serial_lora(model)
+    assert torch.allclose(output_of(run, tiny), base, atol=1e-5)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_scale_on_a_compiled_model_is_true_or_refused(fullgraph):
+    tiny = TINY["DiTTransformer2DModel"]
+    model = tiny.build()
+    add_random_adapter(model)
+    with sl.serial_lora_scale(model, 0.5):
+        half = output_of(model, tiny)
+    live = output_of(model, tiny)
+    run = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    assert torch.allclose(output_of(run, tiny), live, atol=1e-5)
+    with sl.serial_lora_scale(model, 0.5):
+        if fullgraph:
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                output_of(run, tiny)
+        else:
+            assert torch.allclose(output_of(run, tiny), half, atol=1e-5)
+    assert torch.allclose(output_of(run, tiny), live, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_eager_output(tmp_path):
+    tiny = TINY["DiTTransformer2DModel"]
+    a, output_a = saved(tmp_path, tiny, "a", 1, rank=2)
+    model = tiny.build()
+    sl.reserve_serial_lora(model, capacity=(4, 2))
+    compiled = torch.compile(model, fullgraph=True)
+    output_of(compiled, tiny)
+    sl.load_serial_lora(model, a, "a")
+    assert torch.allclose(output_of(compiled, tiny), output_a, atol=1e-4)
