@@ -1,0 +1,90 @@
+"""How an image becomes a backbone's input: size, scale and normalisation, saved with the head that expects them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SerialLoraError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize to `size`, scale to [0, 1], then (x - mean) / std per channel.
+
+    Args:
+        size: Height and width in pixels.
+        mean: Mean per channel of values in [0, 1].
+        std: Standard deviation per channel.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __call__(self, image: Any) -> Tensor:
+        """A PIL image, of any size and mode, as pixel values (3, H, W)."""
+        import numpy as np
+
+        height, width = self.size
+        resized = image.convert("RGB").resize((width, height), 2)  # 2: bilinear, in every version of Pillow
+        return self.normalize(torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1], (..., 3, H, W), as the backbone reads them."""
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return {key: list(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Build one from `to_dict`'s values."""
+        return cls(**{key: tuple(values[key]) for key in ("size", "mean", "std")})
+
+    @classmethod
+    def of(cls, source: nn.Module | str | os.PathLike[str]) -> Preprocessing:
+        """What a backbone was pretrained with: from its folder or Hub repository, else its config, else ImageNet's.
+
+        Raises:
+            SerialLoraError: If an image's size cannot be known.
+        """
+        if not isinstance(source, nn.Module):
+            return cls._from_repository(source)
+        config: Any = getattr(source, "pretrained_cfg", None)  # timm
+        if config:
+            return cls(tuple(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
+        return cls(_size(getattr(getattr(source, "config", None), "image_size", None) or 224))
+
+    @classmethod
+    def _from_repository(cls, source: str | os.PathLike[str]) -> Preprocessing:
+        from transformers import AutoConfig
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        try:
+            values, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        except OSError:
+            config: Any = AutoConfig.from_pretrained(source)
+            return cls(_size(getattr(config, "image_size", None) or 224))
+        size = values.get("crop_size") or values.get("size") or 224
+        mean, std = values.get("image_mean") or IMAGENET_MEAN, values.get("image_std") or IMAGENET_STD
+        return cls(_size(size), tuple(mean), tuple(std))
+
+
+def _size(value: Any) -> tuple[int, int]:
+    if isinstance(value, Mapping):
+        side = value.get("shortest_edge")
+        value = (value.get("height", side), value.get("width", side))
+    height, width = value if isinstance(value, list | tuple) else (value, value)
+    if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
+        raise SerialLoraError(f"The size of an image must be whole numbers of pixels; got {value!r}.")
+    return height, width
