@@ -306,8 +306,8 @@ def _config_of(
         "with alpha = rank (s = 1). Pass config=SerialLoraConfig(...) if it was trained with another.",
         stacklevel=4,
     )
-    ranks = {key.partition(".serial_lora.")[0]: both["A"].shape[0] for key, both in matrices.items() if "A" in both}
-    rank = max(ranks.values())
+    ranks = {key: both["A"].shape[0] for key, both in matrices.items() if "A" in both and both["A"].ndim}
+    rank = max(ranks.values(), default=1)
     return SerialLoraConfig(rank=rank, rank_pattern={re.escape(k): r for k, r in ranks.items() if r != rank})
 
 

@@ -89,7 +89,8 @@ def select_slots(model: nn.Module, config: SerialLoraConfig) -> list[Slot]:
             f"inputs={list(config.inputs)} names {unknown}, but {type(unwrap(model)).__name__} has {names}."
         )
     for pattern in (*(config.targets or ()), *config.rank_pattern, *config.alpha_pattern):
-        if not any(matches(pattern, slot.path) for slot in slots):
+        names_of_pairs = (slot.key for slot in slots if pattern in config.rank_pattern)
+        if not any(matches(pattern, name) for name in (*(slot.path for slot in slots), *names_of_pairs)):
             raise SerialLoraError(f"The pattern {pattern!r} matches no site. {_listing(slots)}")
     chosen = [slot for slot in slots if is_chosen(slot, config)]
     if not chosen:

@@ -64,6 +64,15 @@ def test_a_config_chooses_sites_by_pattern_layer_and_input():
     ]
 
 
+def test_a_rank_pattern_may_name_one_pair_of_a_site():
+    model = TINY["SD3Transformer2DModel"].build()
+    pattern = {r".*\.0\.attn\.serial_lora\.encoder_hidden_states": 2, r".*\.attn2": 3}
+    sl.add_serial_lora(model, sl.SerialLoraConfig(rank=5, rank_pattern=pattern))
+    ranks = {k: A.shape[0] for k, A in sl.serial_lora_state_dict(model).items() if "lora_A" in k}
+    assert sorted(ranks.values()) == [2, 3, 5, 5, 5, 5, 5]
+    assert ranks["transformer.transformer_blocks.0.attn.serial_lora.encoder_hidden_states.lora_A.weight"] == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
