@@ -6,6 +6,7 @@ model has (float64 in the tests): no hook, no record, no fused weight.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -135,6 +136,7 @@ def output64(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
 def _transformed(forward: Any, argument: str, terms: Terms) -> Any:
     signature = inspect.signature(forward)
 
+    @functools.wraps(forward)  # keeps the signature for the next pair at the same site
     def with_equation(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         x = call.arguments[argument]
