@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline as _DiffusionPipeline
 from .architectures import Architecture, Pair, register_architecture
 from .config import SerialLoraConfig
 from .contexts import disable_serial_lora, serial_lora_batch, serial_lora_scale
+from .convert import compress_lora, export_lora, merge_serial_lora
 from .errors import AdapterFileError, AdapterStateError, ArchitectureError, SerialLoraError
 from .fuse import fuse_serial_lora, unfuse_serial_lora
 from .inject import (
@@ -38,10 +39,13 @@ __all__ = [
     "SerialLoraLoaderMixin",
     "SerialLoraStatus",
     "add_serial_lora",
+    "compress_lora",
     "delete_serial_lora",
     "disable_serial_lora",
+    "export_lora",
     "fuse_serial_lora",
     "load_serial_lora",
+    "merge_serial_lora",
     "register_architecture",
     "reserve_serial_lora",
     "save_serial_lora",

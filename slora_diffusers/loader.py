@@ -13,6 +13,7 @@ from torch import nn
 
 from . import contexts, fuse, inject, io
 from .config import SerialLoraConfig
+from .convert import ExportReport, export_lora
 from .errors import AdapterFileError, AdapterStateError
 from .files import WEIGHT_NAME, AdapterTensors, check_hub_arguments, read_adapter
 from .registry import Weights, check_active, names_with_weights, registry_of
@@ -138,6 +139,16 @@ class SerialLoraLoaderMixin:
             raise AdapterStateError("Nothing is fused. Call fuse_serial_lora() first.")
         for model in fused:
             fuse.unfuse_serial_lora(model)
+
+    def export_lora(
+        self,
+        save_directory: str | os.PathLike[str],
+        adapter_names: str | Sequence[str] | None = None,
+        format: str = "diffusers",
+        **options: Any,
+    ) -> ExportReport:
+        """Write the ordinary LoRA that equals the adapters of every component; see `export_lora` of a model."""
+        return export_lora(self, save_directory, adapter_names, format, **options)
 
     def serial_lora_scale(self, scale: float) -> AbstractContextManager[None]:
         """Scale every active adapter inside a `with` block."""

@@ -1,0 +1,239 @@
+"""Export an adapter as the ordinary LoRA that it equals: `lora_A = A`, `lora_B_m = s W_m B` for each projection m."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import AdapterStateError, SerialLoraError
+from ..fuse import base_weights, check_plain
+from ..io import component_name, describe_base, library_version
+from ..layer import SerialLoraPair
+from ..registry import Weights, names_with_weights, pairs_of, registry_of, weight_at
+from ..sites import Slot, find_slots, unwrap
+from .formats import Target, as_kohya, check_format, unread_by_diffusers, write_lora
+from .lowrank import LowRank, Products, Track, check_rank, silently, truncate
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_lora` wrote.
+
+    Args:
+        files: The files.
+        format: "diffusers", "peft" or "kohya".
+        adapters: {component: {adapter: weight}}.
+        modules: Number of modules that the LoRA sits on.
+        ranks: Ranks of its modules, each once.
+        parameters: Its parameters.
+        relative_error: ||dW - dW_r|| / ||dW|| over all modules; 0 unless `rank` truncated it.
+        errors: The same of every module that was truncated.
+    """
+
+    files: tuple[Path, ...]
+    format: str
+    adapters: dict[str, dict[str, Weights]]
+    modules: int
+    ranks: tuple[int, ...]
+    parameters: int
+    relative_error: float
+    errors: dict[str, float]
+
+    def __str__(self) -> str:
+        ranks = "-".join(map(str, sorted({min(self.ranks), max(self.ranks)})))
+        text = f"{self.format} LoRA of rank {ranks} on {self.modules} modules, {self.parameters:,} parameters"
+        return text + (f", relative error {self.relative_error:.2e}" if self.errors else ", exact")
+
+
+def export_lora(
+    model_or_pipe: Any,
+    save_directory: str | os.PathLike[str],
+    adapter_names: str | Sequence[str] | None = None,
+    format: str = "diffusers",
+    *,
+    weights: Weights | Sequence[Weights] | None = None,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    weight_name: str | None = None,
+    track: Track = silently,
+) -> ExportReport:
+    """Write the ordinary LoRA that equals the adapters: `dW_m = (s W_m B) A` for each projection m of a pair.
+
+    It holds for this base alone, whose name and fingerprint go into the file. It is made from the base's own weights
+    also while adapters are fused. Several adapters become one LoRA of the summed rank, with their weights in it.
+
+    Args:
+        model_or_pipe: A model with adapters, or a pipeline with such components.
+        save_directory: Folder; made if it is not there.
+        adapter_names: Which adapters; `None` takes the active ones, or those that are fused, with their weights.
+        format: "diffusers" (`pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights`), "peft"
+            (`adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained`; a folder for each
+            component of a pipeline), or "kohya" (the original module names, for ComfyUI and sd-scripts).
+        weights: One weight for all named adapters, or one for each; `None` keeps those that are set, else 1.
+        rank: Truncate every module to this rank by SVD; `None` is exact.
+        dtype: Dtype to store; `None` is fp32.
+        weight_name: Name of the file, instead of the format's own.
+        track: Goes through the pairs, showing progress.
+
+    Returns:
+        Files, ranks, parameters, and the error of the truncation.
+
+    Raises:
+        SerialLoraError: If there is nothing to export, the format does not reach a part of it, or a base weight is
+            quantized or offloaded; nothing is written then.
+    """
+    check_rank(rank)
+    models, pipeline = components_of(model_or_pipe)
+    models = {c: m for c, m in models.items() if getattr(unwrap(m), "_serial_lora", None) is not None}
+    chosen = _chosen(model_or_pipe, models, adapter_names, weights)
+    models = {component: models[component] for component in chosen}
+    origin = {
+        "library_version": library_version(),
+        "components": {
+            component: {"base": describe_base(model), "adapters": {n: _plain(w) for n, w in chosen[component].items()}}
+            for component, model in models.items()
+        },
+    }
+    target = Target(models, pipeline, origin)
+    check_format(format, target)
+    _warn_of_no_loader(format, target)
+    lora: Products = {c: equivalent_lora(model, chosen[c], format, track) for c, model in models.items()}
+    if format == "kohya":
+        lora = as_kohya(lora, target)
+    lora, error, errors = truncate(lora, rank, track)
+    if dtype is not None:
+        lora = {c: {path: part.to(dtype) for path, part in modules.items()} for c, modules in lora.items()}
+    _check_finite(lora)
+    files = write_lora(lora, Path(save_directory), format, target, weight_name)
+    parts = [part for modules in lora.values() for part in modules.values()]
+    ranks = tuple(sorted({part.rank for part in parts}))
+    numel = sum(part.numel for part in parts)
+    return ExportReport(tuple(files), format, chosen, len(parts), ranks, numel, error, errors)
+
+
+def components_of(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
+    """{component: model} of a pipeline or a bare model, and the pipeline or None."""
+    if isinstance(model_or_pipe, nn.Module):
+        return {component_name(model_or_pipe): model_or_pipe}, None
+    components = getattr(model_or_pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise SerialLoraError(f"Give a model or a pipeline; got {type(model_or_pipe).__name__}.")
+    return {name: m for name, m in components.items() if isinstance(m, nn.Module)}, model_or_pipe
+
+
+def equivalent_lora(
+    model: nn.Module, weights: Mapping[str, Weights], format: str = "diffusers", track: Track = silently
+) -> dict[str, LowRank]:
+    """{path of a module: dW} such that the base with these equals the model with adapters of these weights."""
+    pairs = pairs_of(model)
+    found: dict[str, LowRank] = {}
+    for slot in track([s for s in find_slots(model) if s.key in pairs], "Multiplying with the base's weights"):
+        pair = pairs[slot.key]
+        names = [name for name in sorted(weights) if name in pair.scaling]
+        gains = {name: weight_at(slot.path, weights[name]) * pair.scaling[name] for name in names}
+        gains = {name: gain for name, gain in gains.items() if gain}
+        if gains:
+            found |= _slot_lora(slot, pair, base_weights(model, [slot])[0], gains, format)
+    if not found:
+        raise AdapterStateError(f"The adapters {sorted(weights)} have no effect: every weight is 0.")
+    return found
+
+
+def _slot_lora(
+    slot: Slot, pair: SerialLoraPair, base: Sequence[torch.Tensor], gains: dict[str, float], format: str
+) -> dict[str, LowRank]:
+    A: torch.Tensor | None = None  # one for all projections of the pair
+    found = {}
+    for projection, W in zip(slot.projections, base, strict=True):
+        check_plain(slot, projection, "export")
+        own_A, W_B = pair.as_lora(W.data, gains)
+        A = own_A if A is None else A
+        path = f"{slot.path}.{projection.name}" if slot.path else projection.name
+        if projection.attribute == "weight":
+            found[path] = LowRank(A, W_B)
+            continue
+        if projection.attribute != "in_proj_weight" or format != "peft":
+            raise SerialLoraError(
+                f"{path} is a bare parameter, on which a LoRA of format={format!r} cannot sit. "
+                + ("Export with format='peft', or fuse" if projection.attribute == "in_proj_weight" else "Fuse")
+                + " the adapter: fuse_serial_lora(model)."
+            )
+        # PEFT adapts nn.MultiheadAttention as a whole: in_proj_weight, and the output projection, which stays.
+        found[slot.path] = LowRank(A, W_B)
+        zeros = LowRank(A.new_zeros(A.shape[0], slot.features), A.new_zeros(slot.features, A.shape[0]))
+        found[f"{slot.path}.base_layer.out_proj"] = zeros
+    return found
+
+
+def _chosen(
+    model_or_pipe: Any,
+    models: Mapping[str, nn.Module],
+    adapter_names: str | Sequence[str] | None,
+    weights: Weights | Sequence[Weights] | None,
+) -> dict[str, dict[str, Weights]]:
+    """{component: {adapter: weight}}, without components that have none of the adapters."""
+    registries = {component: registry_of(model) for component, model in models.items()}
+    if adapter_names is None:
+        if weights is not None:
+            raise SerialLoraError("weights go with adapter_names; without names, the weights that are set count.")
+        chosen: dict[str, dict[str, Weights]] = {}
+        for component, registry in registries.items():
+            fused = registry.fused
+            active = registry.active if fused is None else {n: _times(w, fused.scale) for n, w in fused.weights.items()}
+            chosen[component] = dict(active)
+    else:
+        named = names_with_weights(adapter_names, weights)
+        known = {name for registry in registries.values() for name in registry.configs}
+        if unknown := sorted(set(named) - known):
+            raise AdapterStateError(f"Unknown adapter {unknown}; there are {sorted(known)}.")
+        chosen = {
+            component: {
+                name: registry.active.get(name, 1.0) if weights is None else weight
+                for name, weight in named.items()
+                if name in registry.configs
+            }
+            for component, registry in registries.items()
+        }
+    chosen = {component: names for component, names in chosen.items() if names}
+    if not chosen:
+        raise AdapterStateError(
+            f"{type(model_or_pipe).__name__} has no active adapter to export. Load one with load_serial_lora(), or "
+            "name those to export with adapter_names."
+        )
+    return chosen
+
+
+def _times(weight: Weights, scale: float) -> Weights:
+    if not isinstance(weight, Mapping):
+        return weight * scale
+    return {**{pattern: w * scale for pattern, w in weight.items()}, ".*": scale}  # what nothing matches has 1
+
+
+def _plain(weight: Weights) -> Any:
+    return dict(weight) if isinstance(weight, Mapping) else weight
+
+
+def _check_finite(lora: Products) -> None:
+    for modules in lora.values():
+        for path, part in modules.items():
+            if not (torch.isfinite(part.A).all() and torch.isfinite(part.B).all()):
+                raise SerialLoraError(
+                    f"The LoRA of {path} would hold NaN or infinity: the adapter or the base does, or the product "
+                    f"overflows {part.B.dtype}. Nothing was written; export with dtype=torch.float32."
+                )
+
+
+def _warn_of_no_loader(format: str, target: Target) -> None:
+    without = [type(unwrap(target.models[component])).__name__ for component in unread_by_diffusers(target)]
+    if format == "diffusers" and without:
+        warnings.warn(
+            f"diffusers has no LoRA loader for {', '.join(without)}: format='peft' is what stock PEFT loads into it.",
+            stacklevel=3,
+        )
