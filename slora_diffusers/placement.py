@@ -60,9 +60,10 @@ def lifted_offload(module: nn.Module) -> Iterator[None]:
 
 
 def follow_group_offload(model: nn.Module) -> None:
-    """Let diffusers' group offloading, where it is on, take in parameters that were added or removed."""
+    """Let diffusers' group offloading, where it keeps a list of pinned parameters, list those that were added."""
     offloading = sys.modules.get("diffusers.hooks.group_offloading")
-    if offloading is not None and offloading._is_group_offload_enabled(model):
+    hook = None if offloading is None else offloading._get_top_level_group_offload_hook(model)
+    if offloading is not None and hook is not None and hook.config.stream is not None:
         offloading._maybe_remove_and_reapply_group_offloading(model)
 
 
