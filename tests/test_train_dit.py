@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from pipelines.generate_dit import main as generate
 from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.training import fit
 from slora_diffusers.training.checkpoint import STATE_NAME, checkpoints
 from slora_diffusers.training.loop import DivergedError
 from slora_diffusers.training.run import Run
@@ -145,14 +146,14 @@ def train_until(step, base, photos, out, *flags):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_after_the_step_and_ends_the_run(bases, photos, tmp_path, number, monkeypatch):
-    denoise = train_dit.denoising_losses
+    denoise = fit.denoising_losses
 
     def interrupted(*arguments):
         if arguments[3].number == 3:
             os.kill(os.getpid(), number)
         return denoise(*arguments)
 
-    monkeypatch.setattr(train_dit, "denoising_losses", interrupted)
+    monkeypatch.setattr(fit, "denoising_losses", interrupted)
     before = signal.getsignal(number)
     path = train(bases / "epsilon", photos, tmp_path, "--max_train_steps", "50")
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-4"]
@@ -163,12 +164,12 @@ def test_a_signal_saves_after_the_step_and_ends_the_run(bases, photos, tmp_path,
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_checkpoint(
     bases, photos, tmp_path, monkeypatch
 ):
-    denoise = train_dit.denoising_losses
+    denoise = fit.denoising_losses
 
     def poisoned(*arguments):
         return denoise(*arguments) * (float("nan") if arguments[3].number == 4 else 1.0)
 
-    monkeypatch.setattr(train_dit, "denoising_losses", poisoned)
+    monkeypatch.setattr(fit, "denoising_losses", poisoned)
     with pytest.raises(DivergedError, match="step 5 has loss nan"):
         train(bases / "epsilon", photos, tmp_path, "--max_train_steps", "9", "--checkpointing_steps", "2")
     last = checkpoints(tmp_path)[-1]
@@ -260,7 +261,17 @@ def test_generation_shows_the_adapter_fused_or_not_and_the_base_at_scale_0(bases
     adapter = train(bases / "epsilon", photos, tmp_path / "run", "--max_train_steps", "5", "--learning_rate", "3e-2")
 
     def picture(name, *flags):
-        argv = ["--base", str(bases / "epsilon"), "--labels", "3", "207", "--steps", "3", "--output", f"{tmp_path}/{name}"]
+        argv = [
+            "--base",
+            str(bases / "epsilon"),
+            "--labels",
+            "3",
+            "207",
+            "--steps",
+            "3",
+            "--output",
+            f"{tmp_path}/{name}",
+        ]
         return np.array(Image.open(generate([*argv, *flags])), dtype=int)
 
     base, live = picture("base.png"), picture("live.png", "--adapter", str(adapter))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -26,25 +27,31 @@ from slora_diffusers.demo.glyphs import HELD_OUT_LETTERS, NEW_STYLES, SEEN_LETTE
 from slora_diffusers.training.batches import Batch, bucket_shapes
 from slora_diffusers.training.cache import vae_factor
 from slora_diffusers.training.data import Item, find_classes, from_tensors
-from slora_diffusers.training.hub import push_to_hub
+from slora_diffusers.training.fit import fit
 from slora_diffusers.training.objectives import objective_for
 from slora_diffusers.training.options import (
-    ADAPTER, DATA, MODEL, OBJECTIVE, OPTIMIZER, RUN, make_parser, objective_settings, parse,
+    ADAPTER,
+    DATA,
+    MODEL,
+    OBJECTIVE,
+    OPTIMIZER,
+    RUN,
+    make_parser,
+    objective_settings,
+    parse,
 )  # fmt: skip
 from slora_diffusers.training.precision import load_pipeline
 from slora_diffusers.training.preflight import check_sites
 from slora_diffusers.training.run import Run
 from slora_diffusers.training.samples import Samples, evenly_spread
-from slora_diffusers.training.validation import (
-    denoising_losses, fixed_noise_loss, sample_generators,
-)  # fmt: skip
+from slora_diffusers.training.validation import sample_generators
 
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
 DIT = (
     ("train_data_dir", {"help": "Folder of one folder per class, named by class id or label."}),
     ("glyphs", {"choices": list(NEW_STYLES), "help": "Train on the demo's seen letters of this style instead."}),
     ("glyph_variations", {"type": int, "default": 32, "help": "Jittered copies of each letter."}),
-    ("validation_data_dir", {"help": "Folder like --train_data_dir for the validation loss; the training images if not given."}),
+    ("validation_data_dir", {"help": "Folder like --train_data_dir for the validation loss."}),
     ("validation_labels", {"type": int, "nargs": "+", "help": "Class ids of the validation images."}),
     ("label_dropout", {"type": float, "default": 0.1, "help": "Share of samples that lose their label."}),
 )  # fmt: skip
@@ -57,9 +64,10 @@ def find_items(options: argparse.Namespace) -> tuple[list[Item], list[Item]]:
     if options.glyphs is not None:
         style = [NEW_STYLES[options.glyphs]]
         images, labels = glyph_images(style, SEEN_LETTERS, options.glyph_variations, options.seed)
-        unseen = from_tensors(*glyph_images(style, HELD_OUT_LETTERS), name="held-out letter")
+        others, their_labels = glyph_images(style, HELD_OUT_LETTERS)
+        unseen = from_tensors(others, their_labels.tolist(), name="held-out letter")
         return from_tensors(images, labels.tolist(), name="letter"), unseen
-    names = DiTPipeline.load_config(options.pretrained_model_name_or_path, revision=options.revision)
+    names: Any = DiTPipeline.load_config(options.pretrained_model_name_or_path, revision=options.revision)
     ids = {label.strip(): int(i) for i, value in names.get("id2label", {}).items() for label in value.split(",")}
 
     def id_of(name: str) -> int | None:
@@ -104,9 +112,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
             noisy, labels = noisy.to(run.weight_dtype), labels.to(run.device)
             return transformer(noisy, timestep=timesteps, class_labels=labels).sample
 
-    def loss_of(batch: Batch) -> Tensor:
-        return denoising_losses(objective, predict, samples.latents(batch), batch).mean()
-
     def draw() -> list[Image.Image]:
         return pipe(
             labels * options.num_validation_images,
@@ -115,19 +120,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             generator=sample_generators(options.seed, len(labels) * options.num_validation_images),
         ).images
 
-    def validate(number: int) -> None:
-        run.validate(number, lambda: fixed_noise_loss(objective, predict, samples), draw, len(labels))
-
     labels = options.validation_labels or sorted({item.label for item in unseen})[:8]
-    if run.start == 0 and run.validates_at(0):
-        validate(0)
-    for step in run.steps(samples.read, loss_of):
-        if run.validates_at(step.number) and not step.interrupted:
-            validate(step.number)
-    path = run.finish()
-    if options.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(options)
-    return path
+    return fit(run, samples, objective, predict, draw, len(labels))
 
 
 if __name__ == "__main__":

@@ -17,25 +17,29 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from PIL import Image
 from torch import Tensor, nn
 
 import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
-from slora_diffusers.training.batches import Batch, bucket_shapes
-from slora_diffusers.training.cache import vae_factor
-from slora_diffusers.training.hub import push_to_hub
-from slora_diffusers.training.objectives import objective_for, prior_preservation
+from slora_diffusers.training.batches import Batch
+from slora_diffusers.training.fit import fit
+from slora_diffusers.training.objectives import objective_for
 from slora_diffusers.training.options import (
-    ADAPTER, DATA, MODEL, OBJECTIVE, OPTIMIZER, RUN, make_parser, objective_settings, parse, switch, value,
+    ADAPTER,
+    DATA,
+    MODEL,
+    OBJECTIVE,
+    OPTIMIZER,
+    RUN,
+    make_parser,
+    objective_settings,
+    parse,
+    switch,
+    value,
 )  # fmt: skip
 from slora_diffusers.training.precision import load_pipeline
 from slora_diffusers.training.preflight import check_sites
 from slora_diffusers.training.run import Run
-from slora_diffusers.training.samples import Samples, evenly_spread
-from slora_diffusers.training.text_to_image import (
-    TEXT_TO_IMAGE, Texts, captions_of, find_class_images, find_instances, free, pipeline_arguments, square,
-)  # fmt: skip
-from slora_diffusers.training.validation import denoising_losses, fixed_noise_loss, sample_generators
+from slora_diffusers.training.text_to_image import TEXT_TO_IMAGE, Subject, captions_of, find_instances, free
 
 SD3 = (
     ("train_text_encoder", switch("Give the two CLIP text encoders pairs, too.")),
@@ -45,7 +49,7 @@ T5_LENGTH = 77  # tokens; the pipeline's own default is 256
 CLIP_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-def encode_text(pipe: StableDiffusion3Pipeline, text: str, length: int) -> dict[str, Tensor]:
+def encode_text(pipe: Any, text: str, length: int) -> dict[str, Tensor]:
     """The pipeline's own embeddings: both CLIPs side by side, then T5's; and the CLIPs' pooled ones."""
     embeds, _, pooled, _ = pipe.encode_prompt(
         text, None, None, do_classifier_free_guidance=False, max_sequence_length=length
@@ -53,12 +57,16 @@ def encode_text(pipe: StableDiffusion3Pipeline, text: str, length: int) -> dict[
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def encode_clip(pipe: Any, encoders: Sequence[nn.Module], texts: Sequence[str], known: dict[str, Tensor]) -> dict[str, Tensor]:
+def encode_clip(
+    pipe: Any, encoders: Sequence[nn.Module], texts: Sequence[str], known: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """`known`, with the part of the CLIP encoders computed anew, so that gradients reach them."""
     hidden, pooled = [], []
     for tokenizer, encoder in zip((pipe.tokenizer, pipe.tokenizer_2), encoders, strict=True):
         length = pipe.tokenizer_max_length
-        ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
         output = encoder(ids.to(known["prompt_embeds"].device), output_hidden_states=True)
         hidden.append(output.hidden_states[-2])  # (B, 77, d)
         pooled.append(output[0])
@@ -79,30 +87,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     set_seed(options.seed)  # of the adapter's initial weights: the same on every process
 
     pipe = load_pipeline(StableDiffusion3Pipeline, SD3Transformer2DModel, options, run.weight_dtype).to(run.device)
-    factor = vae_factor(pipe.vae)
-    config = pipe.transformer.config
-    resolution = options.resolution or config.sample_size * factor
-    shapes = bucket_shapes(resolution, options.aspect_ratio_buckets, config.patch_size * factor)
-    height, width = square(shapes, resolution)
-    settings = {"num_inference_steps": options.validation_inference_steps, "height": height, "width": width}
-
-    def draw_class(count: int, draws: list[torch.Generator]) -> list[Image.Image]:
-        return pipe([options.class_prompt] * count, generator=draws, **settings).images
-
-    prior = find_class_images(run, draw_class)
     length = options.max_sequence_length or T5_LENGTH
-    texts = Texts(run, pipe, lambda text: encode_text(pipe, text, length), length)
-    prompt = options.validation_prompt or items[0].caption
-    texts.fill([item.caption for item in (*items, *unseen, *prior)] + [prompt, ""])
+    subject = Subject(run, pipe, items, unseen, lambda text: encode_text(pipe, text, length), length)
+    texts = subject.texts
     free(pipe, ["text_encoder_3"] if options.train_text_encoder else [*CLIP_ENCODERS, "text_encoder_3"])
-    samples = Samples(run, pipe.vae, items, evenly_spread(unseen, options.validation_loss_images), shapes, prior)
+    samples = subject.samples()
 
     trained = ("transformer", *CLIP_ENCODERS) if options.train_text_encoder else ("transformer",)
     for name in trained:
         run.attach(getattr(pipe, name))
-    tokens = height * width // (factor * config.patch_size) ** 2
-    objective = objective_for(pipe.scheduler, tokens=tokens, **objective_settings(options))
-    rates = dict.fromkeys(CLIP_ENCODERS, options.text_encoder_lr)
+    objective = objective_for(pipe.scheduler, tokens=subject.tokens, **objective_settings(options))
+    rates: dict[str, float] = dict.fromkeys(CLIP_ENCODERS, options.text_encoder_lr)
     transformer, *clips = run.prepare({name: getattr(pipe, name) for name in trained}, rates)
 
     def condition(captions: Sequence[str]) -> dict[str, Tensor]:
@@ -118,30 +113,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 pooled_projections=text["pooled_prompt_embeds"].to(run.weight_dtype),
             ).sample
 
-    def loss_of(batch: Batch) -> Tensor:
-        losses = denoising_losses(objective, predict, samples.latents(batch), batch)
-        return prior_preservation(losses, batch.prior.to(losses.device), options.prior_loss_weight)
-
-    def draw() -> list[Image.Image]:
-        return pipe(
-            **pipeline_arguments(condition, prompt, options.num_validation_images),
-            guidance_scale=options.validation_guidance_scale,
-            generator=sample_generators(options.seed, options.num_validation_images),
-            **settings,
-        ).images
-
-    def validate(number: int) -> None:
-        run.validate(number, lambda: fixed_noise_loss(objective, predict, samples), draw, options.num_validation_images)
-
-    if run.start == 0 and run.validates_at(0):
-        validate(0)
-    for step in run.steps(samples.read, loss_of):
-        if run.validates_at(step.number) and not step.interrupted:
-            validate(step.number)
-    path = run.finish()
-    if options.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(options)
-    return path
+    return fit(run, samples, objective, predict, lambda: subject.draw(condition), options.num_validation_images)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,15 @@ class Adapter(Protocol):
 
     def check(self) -> None:
         """Raise SerialLoraError if a package is missing."""
+        ...
 
     def attach(self, model: nn.Module, config: SerialLoraConfig) -> str:
         """Make a model's adapter (or all of it) trainable, the rest frozen; says what was made."""
+        ...
 
     def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
         """Write what was trained; every process calls, one writes. Gives the file or folder."""
+        ...
 
 
 class SerialLora:
@@ -73,7 +76,7 @@ class PeftLora:
         alpha = config.rank if config.alpha is None else config.alpha
         settings = LoraConfig(
             r=config.rank,
-            lora_alpha=alpha,
+            lora_alpha=alpha,  # type: ignore[arg-type]  PEFT takes any number
             lora_dropout=config.dropout,
             use_rslora=config.rslora,
             target_modules=list(LORA_TARGETS),

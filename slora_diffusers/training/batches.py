@@ -103,7 +103,7 @@ class Rows:
     @classmethod
     def of(cls, items: Sequence[Item], shapes: list[Shape], size: int, seed: int) -> Rows:
         """Give every item the shape nearest to its own aspect ratio."""
-        return cls([shapes[find_nearest_bucket(*item.size, shapes)] for item in items], size, seed)
+        return cls([shapes[find_nearest_bucket(*item.size, shapes) or 0] for item in items], size, seed)
 
     def __getitem__(self, number: int) -> list[int]:
         """The items of row `number`, counted over epochs."""
@@ -170,7 +170,7 @@ class Batches(Dataset[Batch]):
             batch_size=None,
             sampler=range(start, 2**62),
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  it sees one batch, not a list
             persistent_workers=workers > 0,
             # Forked workers inherit threads' locks from tokenizers and BLAS.
             multiprocessing_context="spawn" if workers and os.name != "nt" else None,

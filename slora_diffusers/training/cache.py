@@ -178,7 +178,8 @@ class Latents:
 def encode_moments(vae: nn.Module, pixels: Tensor) -> Tensor:
     """Mean and log-variance of the latents of pixels (B, 3, H, W): (B, 2 C, h, w)."""
     parameter = next(vae.parameters())
-    encoded = vae.encode(pixels.to(parameter.device, parameter.dtype))
+    encode: Any = vae.encode
+    encoded = encode(pixels.to(parameter.device, parameter.dtype))
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.parameters.float()
     latents = encoded.latents.float()  # AutoencoderTiny gives a point: a variance of practically zero

@@ -94,7 +94,9 @@ def find_images(folder: str | Path, captions: Mapping[str, str] | None = None, p
     folder = _folder(folder)
     captions = _metadata(folder) if captions is None else captions
     items, skipped = _read_all(_files(folder), captions)
-    skipped += [(path.name, "a folder, and only the top one is read") for path in sorted(folder.iterdir()) if path.is_dir()]
+    skipped += [
+        (path.name, "a folder, and only the top one is read") for path in sorted(folder.iterdir()) if path.is_dir()
+    ]
     if not items:
         raise SerialLoraError(
             f"{folder} holds no usable image: {_list(skipped) or 'it is empty'}. "
@@ -192,7 +194,11 @@ def from_tensors(images: Tensor, labels: Sequence[int], name: str = "image") -> 
 
 
 def to_pixels(
-    image: Image.Image, size: tuple[int, int], draw: torch.Generator | None = None, crop: bool = False, flip: bool = False
+    image: Image.Image,
+    size: tuple[int, int],
+    draw: torch.Generator | None = None,
+    crop: bool = False,
+    flip: bool = False,
 ) -> Tensor:
     """Scale an image until it covers `size` (height, width), cut it there, and give pixels in [-1, 1], (3, H, W).
 
@@ -233,9 +239,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
-def _read_all(
-    files: list[Path], captions: Mapping[str, str] | None
-) -> tuple[list[Item], list[tuple[str, str]]]:
+def _read_all(files: list[Path], captions: Mapping[str, str] | None) -> tuple[list[Item], list[tuple[str, str]]]:
     items, skipped = [], []
     for path in files:
         if path.suffix.lower() not in SUFFIXES:

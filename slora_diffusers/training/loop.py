@@ -59,7 +59,7 @@ class Interrupt:
 def interruptible() -> Iterator[Interrupt]:
     """Inside, the first SIGINT or SIGTERM is noted, to be acted on after the step; a second one acts at once."""
     interrupt = Interrupt()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupt.requested = True
@@ -150,8 +150,8 @@ def _check_finite(accelerator: Accelerator, number: int, loss: float, norm: Any)
     if math.isfinite(loss) and (accelerator.scaler is not None or math.isfinite(_number(norm))):
         return
     raise DivergedError(
-        f"step {number} has loss {loss} and gradient norm {_number(norm)}; it was not taken, and the checkpoints before "
-        "it are kept. Lower --learning_rate, or train in bf16 instead of fp16, and resume from the last checkpoint."
+        f"step {number} has loss {loss} and gradient norm {_number(norm)}; it was not taken, the checkpoints before "
+        "it are kept. Lower --learning_rate or train in bf16 instead of fp16, and resume from the last checkpoint."
     )
 
 

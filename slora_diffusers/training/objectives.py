@@ -26,18 +26,23 @@ class Objective(Protocol):
 
     def sample_times(self, draws: Sequence[torch.Generator]) -> Tensor:
         """One random time per generator, (B,)."""
+        ...
 
     def stratified_times(self, count: int) -> Tensor:
         """Times at the centres of `count` equal parts of the training distribution, (count,)."""
+        ...
 
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """x_t from x_0 and noise (B, C, H, W)."""
+        ...
 
     def timesteps(self, times: Tensor) -> Tensor:
         """What the transformer reads for `times`, (B,)."""
+        ...
 
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, times: Tensor) -> Tensor:
         """The loss of every sample, (B,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ def objective_for(scheduler: Any, *, tokens: int = 4096, snr_gamma: float | None
         scheduler: The pipeline's scheduler; only its config and its tables are read.
         tokens: Image tokens of a sample, for schedulers that shift by resolution.
         snr_gamma: Gamma of min-SNR, for diffusion only.
-        settings: Fields of `Diffusion` (sigma) or of `RectifiedFlow` (density, logit_mean, ...); the others' are ignored.
+        settings: Fields of `Diffusion` (sigma) or of `RectifiedFlow` (density, ...); the others' are ignored.
 
     Raises:
         SerialLoraError: If the scheduler's prediction type is unknown, or min-SNR is asked of a flow.
@@ -210,10 +215,12 @@ def objective_for(scheduler: Any, *, tokens: int = 4096, snr_gamma: float | None
 
 
 def sigma_shift(scheduler: Any, tokens: int = 4096) -> Callable[[Tensor], Tensor]:
-    """The scheduler's own map from u to sigma: s u / (1 + (s - 1) u), or by the number of tokens where it is dynamic."""
+    """The scheduler's own map from u to sigma: s u / (1 + (s - 1) u), by the number of tokens where dynamic."""
     config = scheduler.config
     if config.get("use_dynamic_shifting"):
-        slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+        slope = (config["max_shift"] - config["base_shift"]) / (
+            config["max_image_seq_len"] - config["base_image_seq_len"]
+        )
         mu = config["base_shift"] + slope * (tokens - config["base_image_seq_len"])
         return lambda u: scheduler.time_shift(mu, 1.0, u)
     s = config.get("shift", config.get("flow_shift", 1.0))

@@ -77,7 +77,7 @@ def make_optimizer(
     name: str, groups: list[dict[str, Any]], betas: tuple[float, float], weight_decay: float, eps: float
 ) -> torch.optim.Optimizer:
     """The optimizer called `name` over parameter groups that hold their own learning rates."""
-    chosen = optimizer_class(name)
+    chosen: Any = optimizer_class(name)
     settings = {"betas": betas, "eps": eps} if OPTIMIZERS[name].takes_betas else {}
     optimizer = chosen(groups, lr=groups[0]["lr"], weight_decay=weight_decay, **settings)
     if hasattr(optimizer, "train"):  # schedule-free optimizers begin in the mode that evaluates

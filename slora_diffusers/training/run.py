@@ -99,7 +99,7 @@ class Run:
         groups = []
         for name, model in models.items():
             check_trainables_fp32(trainable([model]))
-            lr = (learning_rates or {}).get(name, options.learning_rate)
+            lr: float = (learning_rates or {}).get(name, options.learning_rate)
             groups += parameter_groups(trainable([model]), lr, options.lora_plus_ratio)
         betas = (options.adam_beta1, options.adam_beta2)
         optimizer = make_optimizer(options.optimizer, groups, betas, options.adam_weight_decay, options.adam_epsilon)
@@ -107,9 +107,7 @@ class Run:
             for model in models.values():
                 model.compile()
         *prepared, self.optimizer = self.accelerator.prepare(*models.values(), optimizer)
-        self.models = {
-            name: self.accelerator.unwrap_model(model) for name, model in zip(models, prepared, strict=True)
-        }
+        self.models = {name: self.accelerator.unwrap_model(model) for name, model in zip(models, prepared, strict=True)}
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         warmup = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
         cycles = {"num_cycles": options.lr_num_cycles, "power": options.lr_power}
@@ -120,7 +118,9 @@ class Run:
             self._resume(checkpoint.find_checkpoint(self.output_dir, options.resume_from_checkpoint))
         return prepared
 
-    def steps(self, batches_from: Callable[[int], Iterator[Batch]], loss_of: Callable[[Batch], Tensor]) -> Iterator[Step]:
+    def steps(
+        self, batches_from: Callable[[int], Iterator[Batch]], loss_of: Callable[[Batch], Tensor]
+    ) -> Iterator[Step]:
         """Train: shows progress, logs, and writes checkpoints on time, and before an interrupted run ends.
 
         Args:
@@ -159,7 +159,7 @@ class Run:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Inside, the models are in eval mode and hold the weights to judge: averaged, or a schedule-free optimizer's."""
+        """Inside, the models are in eval mode, with the weights to judge: averaged, or a schedule-free optimizer's."""
         modes = [(module, module.training) for model in self.models.values() for module in model.modules()]
         parameters = self._parameters()
         with evaluation_weights(self.optimizer), torch.no_grad():
@@ -182,7 +182,9 @@ class Run:
         accelerator = self.accelerator
         return [entries[accelerator.process_index :: accelerator.num_processes] for entries in lists]
 
-    def validate(self, number: int, loss: Callable[[], float], draw: Callable[[], list[Image.Image]], columns: int) -> None:
+    def validate(
+        self, number: int, loss: Callable[[], float], draw: Callable[[], list[Image.Image]], columns: int
+    ) -> None:
         """Log the validation loss and a grid of images; every process computes both, so none waits for another."""
         with self.evaluation():
             self.log({"validation_loss": loss()}, number)
@@ -251,7 +253,9 @@ class Run:
         changed["processes"] = (state["processes"], self.accelerator.num_processes)
         for name, (before, now) in changed.items():
             if before != now:
-                logger.warning("%s was %s and is now %s: the run will not equal an uninterrupted one", name, before, now)
+                logger.warning(
+                    "%s was %s and is now %s: the run will not equal an uninterrupted one", name, before, now
+                )
         checkpoint.load_parameters(trainable(self.models.values()), state["trained"])
         checkpoint.load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

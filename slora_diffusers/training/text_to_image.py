@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import free_memory
-from torch import Tensor
+from PIL import Image
 
 from ..errors import SerialLoraError
-from .batches import Batch, Shape
-from .cache import TensorCache, Tensors, cache_texts, key_of, model_key
+from .batches import Batch, bucket_shapes
+from .cache import TensorCache, Tensors, cache_texts, key_of, model_key, vae_factor
 from .data import Item, find_images, from_dataset
 from .options import Group, switch, value
 from .randomness import generator
 from .run import Run
+from .samples import Samples, evenly_spread
+from .validation import sample_generators
 
 TEXT_TO_IMAGE: Group = (
     ("instance_data_dir", value(str, None, "Folder of the images (and captions) to train on.")),
@@ -128,24 +130,67 @@ def captions_of(batch: Batch, empty: float) -> list[str]:
     captions = [item.caption for item in batch.items]
     if batch.number < 0 or not empty:
         return captions
-    return ["" if dropped else caption for caption, dropped in zip(captions, batch.dropped(empty).tolist(), strict=True)]
+    return [
+        "" if dropped else caption for caption, dropped in zip(captions, batch.dropped(empty).tolist(), strict=True)
+    ]
 
 
-def pipeline_arguments(texts: Callable[[Sequence[str]], Tensors], prompt: str, count: int) -> dict[str, Tensor]:
-    """A prompt and the empty prompt, `count` times, as a pipeline takes embeddings."""
-    positive, negative = texts([prompt] * count), texts([""] * count)
-    return {**positive, **{f"negative_{name}": tensor for name, tensor in negative.items()}}
+class Subject:
+    """What a text-to-image run learns, and how its pipeline draws it.
+
+    Args:
+        run: Knows the options and the processes.
+        pipe: The pipeline, not adapted yet; it draws missing class images.
+        items: The images to train on.
+        unseen: The images to validate on.
+        encode: One text to the pipeline's embeddings, named as its arguments, with a batch dimension of 1.
+        length: Tokens of the T5 encoder.
+        settings: Further arguments of the pipeline's call.
+    """
+
+    def __init__(
+        self, run: Run, pipe: Any, items: list[Item], unseen: list[Item], encode: Callable[[str], Tensors], length: int,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        options, config, factor = run.options, pipe.transformer.config, vae_factor(pipe.vae)
+        self._run, self._pipe, self._items = run, pipe, items
+        self._unseen = evenly_spread(unseen, options.validation_loss_images)
+        side = options.resolution or config.sample_size * factor
+        self.shapes = bucket_shapes(side, options.aspect_ratio_buckets, config.patch_size * factor)
+        # Validation and class images take the square if it is one of the shapes.
+        height, width = (side, side) if (side, side) in self.shapes else self.shapes[0]
+        self.tokens = height * width // (config.patch_size * factor) ** 2
+        steps = options.validation_inference_steps
+        self._settings = {"num_inference_steps": steps, "height": height, "width": width, **settings}
+        self._prior = find_class_images(run, self._draw_class)
+        self.prompt = options.validation_prompt or items[0].caption
+        self.texts = Texts(run, pipe, encode, length)
+        self.texts.fill([item.caption for item in (*items, *unseen, *self._prior)] + [self.prompt, ""])
+
+    def samples(self) -> Samples:
+        """The run's batches; latents are cached here, if they are to be."""
+        return Samples(self._run, self._pipe.vae, self._items, self._unseen, self.shapes, self._prior)
+
+    def draw(self, condition: Callable[[Sequence[str]], Tensors]) -> list[Image.Image]:
+        """Validation images, from the embeddings that `condition` gives for prompts."""
+        options, count = self._run.options, self._run.options.num_validation_images
+        positive, negative = condition([self.prompt] * count), condition([""] * count)
+        return self._pipe(
+            **positive,
+            **{f"negative_{name}": tensor for name, tensor in negative.items()},
+            guidance_scale=options.validation_guidance_scale,
+            generator=sample_generators(options.seed, count),
+            **self._settings,
+        ).images
+
+    def _draw_class(self, count: int, draws: list[torch.Generator]) -> list[Image.Image]:
+        return self._pipe([self._run.options.class_prompt] * count, generator=draws, **self._settings).images
 
 
 def free(pipe: Any, names: Iterable[str]) -> None:
     """Drop components of a pipeline and the memory that they hold."""
     pipe.register_modules(**dict.fromkeys(names))
     free_memory()
-
-
-def square(shapes: list[Shape], resolution: int) -> Shape:
-    """The shape of validation and class images: the square if it is one of the buckets, else the first bucket."""
-    return (resolution, resolution) if (resolution, resolution) in shapes else shapes[0]
 
 
 class _Always(dict[str, str]):

@@ -23,9 +23,11 @@ class Fixed(Protocol):
 
     def fixed(self) -> Iterator[Batch]:
         """The batches."""
+        ...
 
     def latents(self, batch: Batch) -> Tensor:
         """Clean latents of a batch."""
+        ...
 
 
 def denoising_losses(
@@ -58,7 +60,7 @@ def fixed_batches(items: Sequence[Item], shapes: list[Shape], fetch: Fetch, seed
 
 @torch.no_grad()
 def fixed_noise_loss(objective: Objective, predict: Predict, samples: Fixed, times: int = 8) -> float:
-    """Mean loss of the validation images at `times` stratified times each, with noise that is the same at every call."""
+    """Mean loss of the validation images at `times` stratified times each, with noise that never changes."""
     losses = []
     for batch in samples.fixed():
         x0 = samples.latents(batch)
@@ -81,5 +83,3 @@ def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 def sample_generators(seed: int, count: int) -> list[torch.Generator]:
     """One generator per validation image, the same at every validation."""
     return generators(seed, "validation image", 0, range(count))
-
-
