@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import AdapterFileError
+from .layer import is_finite
 
 WEIGHT_NAME = "serial_lora_weights.safetensors"
 FORMAT_VERSION = 1
@@ -114,7 +115,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise AdapterFileError(f"{key} is {kind}; an adapter's weights are tensors of floats.")
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise AdapterFileError(
                 f"{key} holds NaN or infinity: the training diverged, or the file is damaged. Nothing was loaded; use "
                 "an earlier checkpoint."

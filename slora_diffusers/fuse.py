@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterStateError
+from .fingerprint import is_plain
 from .inject import attach_all, detach_all
-from .layer import SerialLoraPair
+from .layer import SerialLoraPair, is_finite
 from .processors import check_scale
 from .registry import Fused, Registry, Weights, check_known, check_not_fused, pairs_of, registry_of, weight_at
 from .sites import Projection, Slot, find_slots, unwrap
@@ -45,6 +46,11 @@ def fuse_serial_lora(model: nn.Module, adapter_names: str | Sequence[str] | None
     names = list(registry.active) if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else list(names)
     check_known(registry, names)
+    if not names:
+        raise AdapterStateError(
+            f"There is nothing to fuse: no adapter is active. Name some of {sorted(registry.configs)}, or make them active "
+            "with set_serial_lora()."
+        )
     if rest := sorted(set(registry.active) - set(names)):
         raise AdapterStateError(
             f"Fusing {names} would leave {rest} active beside fused weights, where adapters would multiply instead of "
@@ -103,7 +109,7 @@ def _fused_weights(
     for projection in slot.projections if gains else ():
         check_plain(slot, projection, "fuse")
         W = pair.fused_weight(projection.weight.data, gains)
-        if not torch.isfinite(W).all():
+        if not is_finite(W):
             raise AdapterStateError(
                 f"Fusing would make the weight {slot.path}.{projection.name} not finite: an adapter of "
                 f"{sorted(gains)}, or the base's weight itself, holds NaN or infinity there, or the product "
@@ -122,7 +128,7 @@ def check_plain(slot: Slot, projection: Projection, what: str) -> None:
             f"Cannot {what}: the weight {name} is offloaded, not in memory. Take the hooks off first "
             "(pipe.remove_all_hooks(), or accelerate's remove_hook_from_module(model, recurse=True))."
         )
-    if type(W.data) is not Tensor or not W.is_floating_point() or W.element_size() < 2 or W.ndim != 2:
+    if not is_plain(W):
         raise AdapterStateError(
             f"Cannot {what}: the weight {name} is stored as {type(W).__name__} of {W.dtype}, not as an ordinary "
             "matrix. Keep the adapter live (it trains and runs on a quantized base as it is), or load the base "

@@ -176,8 +176,9 @@ class SerialLoraPair(nn.Module):
     @torch.no_grad()
     def fused_weight(self, W: Tensor, gains: dict[str, float]) -> Tensor:
         """W' = W (I + sum_i g_i B_i A_i) for W of shape (out, d), computed in fp32 or better, in W's dtype."""
-        A, W_B = self.as_lora(W, gains)
-        return torch.addmm(W.to(W_B.dtype), W_B, A).to(W.dtype)
+        exact = W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
+        A, W_B = self.as_lora(exact, gains)
+        return exact.addmm_(W_B, A).to(W.dtype)
 
     @torch.no_grad()
     def as_lora(self, W: Tensor, gains: dict[str, float]) -> tuple[Tensor, Tensor]:
@@ -206,3 +207,9 @@ def new_matrices(rank: int, features: int, init: str, device: torch.device | str
     else:
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     return A, torch.zeros(features, rank, device=device)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    # Either one makes the sum such, in a fraction of the time; a sum that overflows by itself takes the closer look.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
