@@ -123,10 +123,16 @@ class SerialLoraLoaderMixin:
         done: list[nn.Module] = []
         try:
             for model in adapted.values():
-                held = None if names is None else [name for name in names if name in registry_of(model).configs]
-                if held is None or held:
-                    fuse.fuse_serial_lora(model, held, scale)
+                registry = registry_of(model)
+                held = registry.active if names is None else [name for name in names if name in registry.configs]
+                if held:
+                    fuse.fuse_serial_lora(model, list(held), scale)
                     done.append(model)
+            if not done:
+                raise AdapterStateError(
+                    f"There is nothing to fuse: no adapter is active. Name some of {_adapter_names(adapted)}, or make "
+                    "them active with set_serial_lora()."
+                )
         except Exception:
             for model in done:
                 fuse.unfuse_serial_lora(model)
