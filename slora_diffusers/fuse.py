@@ -48,8 +48,8 @@ def fuse_serial_lora(model: nn.Module, adapter_names: str | Sequence[str] | None
     check_known(registry, names)
     if not names:
         raise AdapterStateError(
-            f"There is nothing to fuse: no adapter is active. Name some of {sorted(registry.configs)}, or make them active "
-            "with set_serial_lora()."
+            f"There is nothing to fuse: no adapter is active. Name some of {sorted(registry.configs)}, or make them "
+            "active with set_serial_lora()."
         )
     if rest := sorted(set(registry.active) - set(names)):
         raise AdapterStateError(
