@@ -20,7 +20,7 @@ def fingerprint(weights: Sequence[Tensor]) -> str | None:
     Returns:
         The text, or None where the weights are quantized, offloaded or on the meta device: there is nothing to read.
     """
-    plain = [W for W in weights if not W.is_meta and W.is_floating_point() and W.element_size() > 1]
+    plain = [W for W in weights if is_plain(W) or hasattr(W, "full_tensor")]
     if not plain or len(plain) != len(weights):
         return None
     chosen = [plain[i * len(plain) // SAMPLES] for i in range(SAMPLES)] if len(plain) >= SAMPLES else plain
@@ -31,6 +31,11 @@ def fingerprint(weights: Sequence[Tensor]) -> str | None:
             values = [v.cpu() for v in values]
         sample = torch.cat([_full(v) for v in values])[: 2 * SAMPLES].cpu()
     return base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode("ascii")
+
+
+def is_plain(W: Tensor) -> bool:
+    """Whether a weight is an ordinary matrix of floats in memory: not quantized, sharded or on the meta device."""
+    return type(W.data) is Tensor and not W.is_meta and W.is_floating_point() and W.element_size() > 1 and W.ndim == 2
 
 
 def same_base(one: str, other: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from .registry import (
     weight_at,
 )
 from .sites import Slot, find_slots, lora_equivalent, select_slots, unwrap
+
+logger = logging.getLogger("diffusers.slora_diffusers")  # a child of diffusers' own: its verbosity holds here too
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,8 @@ def unload_serial_lora(model: nn.Module) -> None:
     model = unwrap(model)
     if getattr(model, "_serial_lora", None) is None:
         return
+    if (fused := registry_of(model).fused) is not None:
+        logger.info("Unloaded %s; its fused weights stay in %s.", list(fused.weights), type(model).__name__)
     detach_all(model)
     for module in [m for m in model.modules() if "serial_lora" in m._modules]:
         del module._modules["serial_lora"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
@@ -30,6 +31,8 @@ from .fuse import base_weights
 from .inject import add_loaded
 from .registry import Registry, check_known, check_new_name, pairs_of, registry_of
 from .sites import Slot, find_slots, is_chosen, unwrap
+
+logger = logging.getLogger("diffusers.slora_diffusers")  # a child of diffusers' own: its verbosity holds here too
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -66,6 +69,8 @@ class Plan:
     def apply(self, weight: float) -> LoadReport:
         """Add the adapter to the model, active with this weight beside those that are active already."""
         add_loaded(self.model, self.registry, self.report.adapter_name, self.matrices, self.config, weight)
+        passed_over = self.report.missing or self.report.unexpected or self.report.mismatched
+        logger.log(logging.WARNING if passed_over else logging.INFO, "Loaded %s", self.report)
         return self.report
 
 

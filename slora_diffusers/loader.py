@@ -156,6 +156,14 @@ class SerialLoraLoaderMixin:
         """Write the ordinary LoRA that equals the adapters of every component; see `export_lora` of a model."""
         return export_lora(self, save_directory, adapter_names, format, **options)
 
+    def reserve_serial_lora(self, capacity: tuple[int, int], inputs: Sequence[str] | None = None) -> None:
+        """Reserve room for swapping adapters of the transformer without recompiling; call it before compiling."""
+        modules = {name: m for name, m in _modules(self).items() if name.startswith("transformer")}
+        if not modules:
+            raise AdapterStateError(f"{type(self).__name__} has no transformer to reserve capacity in.")
+        for model in modules.values():
+            inject.reserve_serial_lora(model, capacity, inputs)
+
     def serial_lora_scale(self, scale: float) -> AbstractContextManager[None]:
         """Scale every active adapter inside a `with` block."""
         return _inside(contexts.serial_lora_scale(model, scale) for model in _adapted(self).values())

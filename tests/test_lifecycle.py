@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import pickle
 import weakref
 
@@ -229,3 +230,67 @@ def test_every_diffusion_pipeline_has_the_verbs():
                  "serial_lora_batch", "delete_serial_lora", "unload_serial_lora", "fuse_serial_lora",
                  "unfuse_serial_lora", "serial_lora_status"):  # fmt: skip
         assert callable(getattr(DiffusionPipeline, verb))
+
+
+def test_loading_speaks_through_the_logger_of_diffusers(caplog):
+    tiny, model = loaded("DiTTransformer2DModel", 1)
+    state = sl.serial_lora_state_dict(model)
+    other = tiny.build()
+    diffusers_logger = logging.getLogger("diffusers")
+    propagate, diffusers_logger.propagate = diffusers_logger.propagate, True
+    try:
+        with caplog.at_level("INFO", logger="diffusers"):
+            sl.load_serial_lora(other, state, "style")
+            state.pop(next(iter(state)))
+            sl.load_serial_lora(other, state, "part", strict=False)
+    finally:
+        diffusers_logger.propagate = propagate
+    levels = {record.levelname: record.getMessage() for record in caplog.records}
+    assert "style" in levels["INFO"]
+    assert "part" in levels["WARNING"]
+    assert "1 missing" in levels["WARNING"]
+
+
+def test_a_pipeline_saves_its_text_encoders_pairs_in_the_same_file_and_loads_them(tmp_path):
+    pipe = tiny_sd3_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    for i, component in enumerate(("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")):
+        add_random_adapter(getattr(pipe, component), "style", seed=i)
+
+    def image(pipe):
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red fox", num_inference_steps=2, generator=generator, output_type="latent").images
+
+    wanted = image(pipe)
+    pipe.save_serial_lora(tmp_path)
+    fresh = tiny_sd3_pipeline()
+    fresh.set_progress_bar_config(disable=True)
+    base = image(fresh)
+    report = fresh.load_serial_lora(tmp_path, adapter_name="style")
+    assert sorted(report) == ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer"]
+    assert torch.allclose(image(fresh), wanted, atol=1e-5)
+    fresh.fuse_serial_lora()
+    assert torch.allclose(image(fresh), wanted, atol=1e-4)
+    fresh.unfuse_serial_lora()
+    inner = fresh.text_encoder
+    with sl.disable_serial_lora(inner):
+        assert not torch.allclose(image(fresh), wanted, atol=1e-3)
+    with fresh.disable_serial_lora():
+        assert torch.equal(image(fresh), base)
+    fresh.unload_serial_lora()
+    assert torch.equal(image(fresh), base)
+
+
+def test_a_load_that_fails_in_one_component_touches_none(tmp_path):
+    pipe = tiny_sd3_pipeline()
+    for i, component in enumerate(("transformer", "text_encoder")):
+        add_random_adapter(getattr(pipe, component), "style", seed=i)
+    tensors = {**sl.serial_lora_state_dict(pipe.transformer, "style"),
+               **sl.serial_lora_state_dict(pipe.text_encoder, "style", "text_encoder")}  # fmt: skip
+    broken = next(key for key in tensors if key.startswith("text_encoder"))
+    tensors[broken] = tensors[broken][:, :3]
+    fresh = tiny_sd3_pipeline()
+    before = traces(fresh.transformer), traces(fresh.text_encoder)
+    with pytest.warns(UserWarning, match="no config"), pytest.raises(sl.SerialLoraError, match="wrong shape"):
+        fresh.load_serial_lora(tensors)
+    assert (traces(fresh.transformer), traces(fresh.text_encoder)) == before
