@@ -6,17 +6,19 @@ weights `W (I + s B A)` in float64.
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slora_diffusers import SerialLoraConfig, fuse_serial_lora, load_serial_lora, unfuse_serial_lora
 from slora_diffusers.architectures import ARCHITECTURES, REFUSED, Architecture, Pair
+from slora_diffusers.convert import export_lora
 from tests.tiny_models import TINY, transformer_classes
 
 RANK, SCALE = 3, 0.7
@@ -72,13 +74,21 @@ def draw_adapter(places: list[Place]) -> dict[str, tuple[Tensor, Tensor]]:
     return adapter
 
 
-def fuse_by_hand(model: nn.Module, places: list[Place], adapter: dict[str, tuple[Tensor, Tensor]]) -> None:
+def fuse_by_hand(places: list[Place], adapter: dict[str, tuple[Tensor, Tensor]]) -> None:
     """W <- W (I + s B A) in float64 for every projection of every place."""
     for place in places:
         A, B = (matrix.double() for matrix in adapter[place.key])
         for linear in place.linears.values():
             W = linear.weight.data.double()
             linear.weight.data = (W + SCALE * (W @ B) @ A).float()
+
+
+def add_lora_by_hand(model: nn.Module, lora: dict[str, Tensor]) -> None:
+    """W <- W + lora_B lora_A for every module of an ordinary LoRA, whose scale is 1."""
+    for key in (key for key in lora if key.endswith(".lora_A.weight")):
+        path = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+        weight = model.get_submodule(path).get_parameter("weight")
+        weight.data += lora[key.replace("lora_A", "lora_B")] @ lora[key]
 
 
 def load(model: nn.Module, adapter: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -110,30 +120,32 @@ def test_every_supported_transformer_has_a_tiny_model():
     assert {n for n in transformer_classes() if n in ARCHITECTURES} == set(CLASSES)
 
 
+@pytest.mark.filterwarnings("ignore:diffusers has no LoRA loader")
 @pytest.mark.parametrize("optional", [False, True], ids=["default", "all-pairs"])
 @pytest.mark.parametrize("name", NAMES)
-def test_live_equals_fused_equals_the_formula(name: str, optional: bool):
+def test_live_equals_fused_equals_exported_equals_the_formula(name: str, optional: bool, tmp_path: Path):
     tiny = TINY[name]
-    model = tiny.build()
-    base_state, base = {k: v.clone() for k, v in model.state_dict().items()}, tiny.run(model)
-    record = ARCHITECTURES[tiny.class_name]
-    reference = copy.deepcopy(model)
-    places = [place for place in places_of(reference, record) if optional or not place.pair.optional]
+    model, reference, exported = tiny.build(), tiny.build(), tiny.build()
+    base_state, base = {key: value.clone() for key, value in model.state_dict().items()}, tiny.run(model)
+    places = [p for p in places_of(reference, ARCHITECTURES[tiny.class_name]) if optional or not p.pair.optional]
     adapter = draw_adapter(places)
-    fuse_by_hand(reference, places, adapter)
+    fuse_by_hand(places, adapter)
     expected = tiny.run(reference)
     assert (expected - base).norm() > 0.01 * base.norm()
 
     load(model, adapter)
     live = tiny.run(model)
+    export_lora(model, tmp_path)
+    add_lora_by_hand(exported, load_file(tmp_path / "pytorch_lora_weights.safetensors"))
     fuse_serial_lora(model)
     fused = tiny.run(model)
     unfuse_serial_lora(model)
 
     assert error(live, expected, base) < 1e-3
     assert error(fused, expected, base) < 1e-3
+    assert error(tiny.run(exported), expected, base) < 1e-3
     state = model.state_dict()
-    assert all(torch.equal(state[key], weight) for key, weight in base_state.items())
+    assert all(torch.equal(state[key], value) for key, value in base_state.items())
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
@@ -149,15 +161,13 @@ def test_every_pair_of_the_record_is_somewhere_in_the_model(class_name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_query_key_and_value_projection_is_fed(name: str):
+def test_every_query_key_and_value_projection_is_fed_once(name: str):
     tiny = TINY[name]
     model = tiny.build()
-    fed = {
-        id(linear)
-        for place in places_of(model, ARCHITECTURES[tiny.class_name])
-        if not place.pair.optional
-        for linear in place.linears.values()
-    }
+    places = places_of(model, ARCHITECTURES[tiny.class_name])
+    every = [id(linear) for place in places for linear in place.linears.values()]
+    assert len(every) == len(set(every))  # two pairs on one Linear would multiply, and not add
+    fed = {id(linear) for place in places if not place.pair.optional for linear in place.linears.values()}
     forgotten = [
         f"{tiny.class_name}.{path}"
         for path, module in model.named_modules()
@@ -169,12 +179,12 @@ def test_every_query_key_and_value_projection_is_fed(name: str):
 @pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "LTX2VideoTransformer3DModel/gated"])
 def test_a_record_that_forgets_a_projection_is_caught(name: str):
     tiny = TINY[name]
-    model = tiny.build()
-    base, reference = tiny.run(model), copy.deepcopy(model)
+    model, reference = tiny.build(), tiny.build()
+    base = tiny.run(model)
     places = [place for place in places_of(reference, ARCHITECTURES[tiny.class_name]) if not place.pair.optional]
     adapter = draw_adapter(places)
     for place in places:
         place.linears.pop("to_gate_logits" if "gated" in name else "to_v", None)
-    fuse_by_hand(reference, places, adapter)
+    fuse_by_hand(places, adapter)
     load(model, adapter)
     assert error(tiny.run(model), tiny.run(reference), base) > 0.01

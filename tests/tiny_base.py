@@ -91,6 +91,18 @@ def grid_ids(height: int, width: int, axes: int) -> Tensor:
     return ids.flatten(0, 1)
 
 
+def video(
+    r: Draw, channels: int = 4, text: int = 16, frames: int = 2, size: int = 8, batch: int = 1, **more: Any
+) -> dict[str, Any]:
+    """The usual inputs of a video transformer; `more` adds to them or replaces some."""
+    inputs = {
+        "hidden_states": r(batch, channels, frames, size, size),
+        "encoder_hidden_states": r(batch, 6, text),
+        "timestep": r.ints(1000, batch),
+    }
+    return inputs | more
+
+
 @cache
 def transformer_classes() -> dict[str, type[ModelMixin]]:
     """Every model class that the installed diffusers defines in `diffusers.models.transformers`, exported or not."""

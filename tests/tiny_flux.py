@@ -15,6 +15,15 @@ _FLUX = {
     "num_attention_heads": 2,
     "joint_attention_dim": 24,
 }
+_QWEN = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (8, 4, 4),
+}
 _Z_IMAGE = {
     "in_channels": 16,
     "dim": 32,
@@ -41,6 +50,16 @@ def _packed(r, ids=3, text=24, batch_ids=False, channels=4, **more):
         txt_ids=words,
         **more,
     )
+
+
+def _qwen(r):
+    return {
+        "hidden_states": r(1, 16, 16),
+        "encoder_hidden_states": r(1, 6, 24),
+        "encoder_hidden_states_mask": torch.ones(1, 6, dtype=torch.long),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [(1, 4, 4)],
+    }
 
 
 def _qwen21(r):
@@ -113,24 +132,7 @@ FLUX = {
     "LongCatImageTransformer2DModel": TinyModel(
         dict(_FLUX, pooled_projection_dim=8, axes_dims_rope=[4, 4, 8]), lambda r: _packed(r)
     ),
-    "QwenImageTransformer2DModel": TinyModel(
-        {
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 24,
-            "axes_dims_rope": (8, 4, 4),
-        },
-        lambda r: {
-            "hidden_states": r(1, 16, 16),
-            "encoder_hidden_states": r(1, 6, 24),
-            "encoder_hidden_states_mask": torch.ones(1, 6, dtype=torch.long),
-            "timestep": torch.tensor([0.5]),
-            "img_shapes": [(1, 4, 4)],
-        },
-    ),
+    "QwenImageTransformer2DModel": TinyModel(_QWEN, _qwen),
     "QwenImage21Transformer2DModel": TinyModel(
         {
             "in_channels": 4,
@@ -145,24 +147,7 @@ FLUX = {
         _qwen21,
     ),
     "NucleusMoEImageTransformer2DModel": TinyModel(
-        {
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 24,
-            "axes_dims_rope": (8, 4, 4),
-            "moe_enabled": False,
-            "capacity_factors": [8.0, 8.0],
-        },
-        lambda r: {
-            "hidden_states": r(1, 16, 16),
-            "encoder_hidden_states": r(1, 6, 24),
-            "encoder_hidden_states_mask": torch.ones(1, 6, dtype=torch.long),
-            "timestep": torch.tensor([0.5]),
-            "img_shapes": [(1, 4, 4)],
-        },
+        {**_QWEN, "moe_enabled": False, "capacity_factors": [8.0, 8.0]}, _qwen
     ),
     "ZImageTransformer2DModel": TinyModel(
         _Z_IMAGE, lambda r: {"x": [r(16, 1, 8, 8)], "cap_feats": [r(6, 24)], "t": torch.tensor([0.5])}

@@ -18,11 +18,23 @@ _LATENT = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
 }
+_BASIC = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 16,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "num_layers": 2,
+}
 
 
 def _text_to_image(r, text=8, /, **more):
     inputs = {"hidden_states": r(2, 4, 8, 8), "encoder_hidden_states": r(2, 5, text), "timestep": r.ints(1000, 2)}
     return inputs | more
+
+
+def _basic(r):
+    return {"hidden_states": r(2, 16, 4, 4), "encoder_hidden_states": r(2, 5, 12)}
 
 
 def _hunyuan_dit(r):
@@ -323,28 +335,8 @@ IMAGE = {
         },
         lambda r: _text_to_image(r, 24, timestep=torch.tensor([0.5, 0.7])),
     ),
-    "DreamLiteTransformer2DModel": TinyModel(
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "in_channels": 16,
-            "norm_num_groups": 4,
-            "cross_attention_dim": 12,
-            "num_layers": 2,
-        },
-        lambda r: {"hidden_states": r(2, 16, 4, 4), "encoder_hidden_states": r(2, 5, 12)},
-    ),
-    "Transformer2DModel": TinyModel(
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "in_channels": 16,
-            "norm_num_groups": 4,
-            "cross_attention_dim": 12,
-            "num_layers": 2,
-        },
-        lambda r: {"hidden_states": r(2, 16, 4, 4), "encoder_hidden_states": r(2, 5, 12)},
-    ),
+    "DreamLiteTransformer2DModel": TinyModel(_BASIC, _basic),
+    "Transformer2DModel": TinyModel(_BASIC, _basic),
     "PriorTransformer": TinyModel(
         {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "embedding_dim": 12, "num_embeddings": 5},
         lambda r: {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .tiny_base import TinyModel
+from .tiny_base import TinyModel, video
 
 _HUNYUAN = {
     "in_channels": 4,
@@ -17,17 +17,8 @@ _HUNYUAN = {
 }
 
 
-def _video(r, channels=4, text=16, frames=2, size=8, batch=1, **more):
-    inputs = {
-        "hidden_states": r(batch, channels, frames, size, size),
-        "encoder_hidden_states": r(batch, 6, text),
-        "timestep": r.ints(1000, batch),
-    }
-    return inputs | more
-
-
 def _framepack(r):
-    return _video(
+    return video(
         r,
         frames=3,
         encoder_attention_mask=torch.ones(1, 6),
@@ -95,7 +86,7 @@ VIDEO = {
             "time_embed_dim": 4,
             "max_sequence_length": 6,
         },
-        lambda r: _video(r, encoder_attention_mask=torch.ones(1, 6, dtype=torch.bool)),
+        lambda r: video(r, encoder_attention_mask=torch.ones(1, 6, dtype=torch.bool)),
     ),
     "AllegroTransformer3DModel": TinyModel(
         {
@@ -108,7 +99,7 @@ VIDEO = {
             "sample_frames": 2,
             "caption_channels": 16,
         },
-        lambda r: _video(
+        lambda r: video(
             r,
             attention_mask=torch.ones(1, 2, 8, 8),
             encoder_attention_mask=torch.ones(1, 6),
@@ -130,7 +121,7 @@ VIDEO = {
             "caption_channels": 12,
             "video_length": 2,
         },
-        lambda r: _video(r, text=12),
+        lambda r: video(r, text=12),
     ),
     "EasyAnimateTransformer3DModel": TinyModel(
         {
@@ -144,11 +135,11 @@ VIDEO = {
             "text_embed_dim": 16,
             "time_embed_dim": 8,
         },
-        _video,
+        video,
     ),
     "HunyuanVideoTransformer3DModel": TinyModel(
         dict(_HUNYUAN, num_single_layers=1, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4)),
-        lambda r: _video(
+        lambda r: video(
             r, encoder_attention_mask=torch.ones(1, 6), pooled_projections=r(1, 8), guidance=r.ints(1000, 1)
         ),
     ),
@@ -162,7 +153,7 @@ VIDEO = {
             target_size=16,
             task_type="t2v",
         ),
-        lambda r: _video(
+        lambda r: video(
             r,
             size=4,
             timestep=torch.tensor([500.0]),
@@ -186,7 +177,7 @@ VIDEO = {
     ),
     "JoyImageEditTransformer3DModel": TinyModel(
         {"hidden_size": 32, "num_attention_heads": 2, "text_dim": 12, "num_layers": 2, "rope_dim_list": [4, 6, 6]},
-        lambda r: _video(r, channels=16, text=12, frames=1, size=4),
+        lambda r: video(r, channels=16, text=12, frames=1, size=4),
     ),
     "JoyImageEditPlusTransformer3DModel": TinyModel(
         {"hidden_size": 32, "num_attention_heads": 2, "text_dim": 12, "num_layers": 2, "rope_dim_list": [4, 6, 6]},
@@ -275,7 +266,7 @@ VIDEO = {
             "enable_text_cross_attention_dual": True,
             "enable_text_cross_attention_single": True,
         },
-        lambda r: _video(r, image_embeds=r(1, 5, 10)),
+        lambda r: video(r, image_embeds=r(1, 5, 10)),
     ),
     "TransformerTemporalModel": TinyModel(
         {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 16, "norm_num_groups": 4, "num_layers": 2},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .tiny_base import TinyModel
+from .tiny_base import TinyModel, video
 
 _WAN = {
     "num_attention_heads": 2,
@@ -64,22 +64,13 @@ _LTX2 = {
 }
 
 
-def _video(r, channels=4, text=16, frames=2, size=8, batch=1, **more):
-    inputs = {
-        "hidden_states": r(batch, channels, frames, size, size),
-        "encoder_hidden_states": r(batch, 6, text),
-        "timestep": r.ints(1000, batch),
-    }
-    return inputs | more
-
-
 def _image_to_video(r, **more):
     # Wan's attentions take the last 512 tokens for text, whatever there is.
-    return _video(r, encoder_hidden_states=r(1, 512, 16), encoder_hidden_states_image=r(1, 5, 10), **more)
+    return video(r, encoder_hidden_states=r(1, 512, 16), encoder_hidden_states_image=r(1, 5, 10), **more)
 
 
 def _frames_first(r, text=12, frames=2, **more):
-    inputs = _video(r, text=text, frames=frames, **more)
+    inputs = video(r, text=text, frames=frames, **more)
     return inputs | {"hidden_states": inputs["hidden_states"].transpose(1, 2), "encoder_hidden_states": r(1, 5, text)}
 
 
@@ -94,7 +85,7 @@ def _far(r):
 
 
 def _cosmos_image(r):
-    return _video(r, fps=24, encoder_hidden_states=(r(1, 6, 16), r(1, 5, 10)))
+    return video(r, fps=24, encoder_hidden_states=(r(1, 6, 16), r(1, 5, 10)))
 
 
 def _cosmos3(r):
@@ -115,7 +106,7 @@ def _cosmos3(r):
 
 
 def _helios(r):
-    return _video(
+    return video(
         r,
         indices_hidden_states=torch.arange(2.0)[None],
         indices_latents_history_short=torch.ones(1, 1),
@@ -216,10 +207,10 @@ WAN = {
         ),
         lambda r: _frames_first(r, id_vit_hidden=[r(1, 2, 6) for _ in range(5)], id_cond=r(1, 6)),
     ),
-    "WanTransformer3DModel": TinyModel(_WAN, _video),
+    "WanTransformer3DModel": TinyModel(_WAN, video),
     "WanTransformer3DModel/i2v": TinyModel(_WAN_I2V, _image_to_video),
     "WanVACETransformer3DModel": TinyModel(
-        dict(_WAN, vace_layers=[0, 1], vace_in_channels=8), lambda r: _video(r, control_hidden_states=r(1, 8, 2, 8, 8))
+        dict(_WAN, vace_layers=[0, 1], vace_in_channels=8), lambda r: video(r, control_hidden_states=r(1, 8, 2, 8, 8))
     ),
     "WanAnimateTransformer3DModel": TinyModel(
         dict(
@@ -297,7 +288,7 @@ WAN = {
             "sample_size": 8,
             "rope_max_seq_len": 32,
         },
-        _video,
+        video,
     ),
     "SanaWMTransformer3DModel": TinyModel(
         {
@@ -314,7 +305,7 @@ WAN = {
         },
         _sana_wm,
     ),
-    "CosmosTransformer3DModel": TinyModel(_COSMOS, lambda r: _video(r, fps=24)),
+    "CosmosTransformer3DModel": TinyModel(_COSMOS, lambda r: video(r, fps=24)),
     "CosmosTransformer3DModel/image": TinyModel(
         dict(_COSMOS, img_context_dim_in=10, img_context_num_tokens=5, img_context_dim_out=32), _cosmos_image
     ),
