@@ -1,0 +1,319 @@
+"""Few-shot vision: Serial LoRA against PEFT's LoRA, a head alone and full fine-tuning on a pretrained backbone.
+
+    python -m benchmarks.vit --model DINOV2 --data DIGITS.npz --shots 16 --seeds 0 1 2 3 4
+
+Every method has the same images, order, schedule and small grid of learning rates. The rate is chosen by the accuracy
+on validation images at the first seed; test images are looked at once per seed, with that rate. Every run is written
+as it ends, and a run that is there already is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import RESULTS, machine, write_results
+from slora_diffusers import SerialLoraConfig
+from slora_diffusers.preprocessing import Preprocessing
+from slora_diffusers.training.adapters import PeftLora
+from slora_diffusers.training.few_shot import k_shot
+from slora_diffusers.training.randomness import generator
+from slora_diffusers.vision import IGNORE_INDEX, SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
+
+RATES = (1e-3, 3e-3, 1e-2)
+FULL_RATES = (1e-5, 3e-5, 1e-4)
+HEAD_RATE = 3e-3  # of the new head beside an adapter
+OUTPUT = ("hidden_states", "attention_output")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt the backbone, and the learning rates it may choose from."""
+
+    kind: str
+    rank: int = 0
+    inputs: tuple[str, ...] | None = None
+    rates: tuple[float, ...] = RATES
+
+
+METHODS = {
+    "head": Method("head"),
+    "lora-r8": Method("lora", 8),
+    "lora-r2": Method("lora", 2),
+    "serial-r8": Method("serial", 8),
+    "serial-r4+output": Method("serial", 4, OUTPUT),
+    "serial-r8+output": Method("serial", 8, OUTPUT),
+    "serial-r4+output+mlp": Method("serial", 4, (*OUTPUT, "feed_forward")),
+    "full": Method("full", rates=FULL_RATES),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images as pixel values (N, 3, H, W), and labels: (N,) classes or (N, H, W) masks."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """A head, its data (the training images depend on the seed), and the score of its predictions, in percent."""
+
+    heads: type
+    classes: int
+    train: Callable[[int], Split]
+    validation: Split
+    test: Split
+    score: Callable[[Tensor, Tensor], float]
+
+
+def read_digits(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Grey images (N, h, w) uint8 and their classes (N,), in an order that does not follow the file's."""
+    with np.load(path) as file:
+        images, labels = file["images"], file["labels"]
+    order = np.random.default_rng(0).permutation(len(images))
+    return images[order], labels[order].astype(np.int64)
+
+
+def classification(options: argparse.Namespace) -> Task:
+    """Digits by class. The first images are for testing, the next for validation, the rest for training."""
+    images, labels = read_digits(options.data)
+    prepare = Preprocessing((options.size, options.size))
+
+    def split(chosen: Sequence[int] | slice) -> Split:
+        grey = torch.from_numpy(images[chosen]).float()[:, None] / 255  # (N, 1, h, w)
+        pixels = F.interpolate(grey, prepare.size, mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
+        return Split(prepare.normalize(pixels), torch.from_numpy(labels[chosen]))
+
+    test, held = options.test_images, options.test_images + options.validation_images
+    rest = labels[held:].tolist()
+    return Task(
+        SerialLoraForImageClassification,
+        10,
+        lambda seed: split([held + i for i in k_shot(rest, options.shots, seed)]),
+        split(slice(test, held)),
+        split(slice(test)),
+        lambda predicted, truth: 100 * (predicted == truth).float().mean().item(),
+    )
+
+
+def segmentation(options: argparse.Namespace) -> Task:
+    """Digits of any colour over crops of photographs: per pixel, background or which digit."""
+    from sklearn.datasets import load_sample_images
+
+    images, labels = read_digits(options.data)
+    photographs = [torch.from_numpy(p).permute(2, 0, 1) / 255 for p in load_sample_images().images]
+    prepare = Preprocessing((options.size, options.size))
+
+    def compose(index: int) -> tuple[Tensor, Tensor]:
+        draw = generator(0, "scene", index)
+        photo = photographs[index % len(photographs)]
+        top, left = (int(torch.randint(n - options.size, (1,), generator=draw)) for n in photo.shape[1:])
+        scene = photo[:, top : top + options.size, left : left + options.size].clone()
+        side = int(torch.randint(options.size // 2, options.size * 9 // 10, (1,), generator=draw))
+        y, x = torch.randint(options.size - side + 1, (2,), generator=draw).tolist()
+        grey = torch.from_numpy(images[index]).float()[None, None] / 255
+        alpha = F.interpolate(grey, (side, side), mode="bilinear", antialias=True)[0]  # (1, side, side)
+        colour = torch.rand(3, 1, 1, generator=draw)
+        window = scene[:, y : y + side, x : x + side]
+        window.copy_(window * (1 - alpha) + colour * alpha)
+        mask = torch.zeros(options.size, options.size, dtype=torch.long)
+        mask[y : y + side, x : x + side][alpha[0] > 0.5] = int(labels[index]) + 1
+        return prepare.normalize(scene), mask
+
+    def split(chosen: Sequence[int]) -> Split:
+        scenes, masks = zip(*map(compose, chosen), strict=True)
+        return Split(torch.stack(scenes), torch.stack(masks))
+
+    test, held = options.test_images, options.test_images + options.validation_images
+    rest = labels[held:].tolist()
+    return Task(
+        SerialLoraForSemanticSegmentation,
+        11,
+        lambda seed: split([held + i for i in k_shot(rest, options.shots, seed)]),
+        split(range(test, held)),
+        split(range(test)),
+        mean_iou,
+    )
+
+
+def mean_iou(predicted: Tensor, truth: Tensor) -> float:
+    """Mean over the classes that occur of intersection over union, in percent."""
+    counted = truth != IGNORE_INDEX
+    predicted, truth = predicted[counted], truth[counted]
+    ious = [
+        ((predicted == c) & (truth == c)).sum().item() / ((predicted == c) | (truth == c)).sum().item()
+        for c in truth.unique()
+    ]
+    return 100 * statistics.mean(ious)
+
+
+def build(task: Task, backbone: nn.Module, method: Method, size: int) -> Any:
+    """A new head on a copy of the backbone, and the method's adapter."""
+    config = SerialLoraConfig(rank=method.rank, inputs=method.inputs) if method.kind == "serial" else None
+    model = task.heads.from_backbone(
+        copy.deepcopy(backbone), task.classes, config, preprocessing=Preprocessing((size, size))
+    )
+    if method.kind == "lora":
+        PeftLora().attach(model.backbone, SerialLoraConfig(rank=method.rank))
+    elif method.kind == "full":
+        model.backbone.requires_grad_(True)
+    return model
+
+
+def batches(split: Split, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end, each epoch in an order of its own."""
+    epoch = 0
+    while True:
+        order = torch.randperm(len(split.labels), generator=generator(seed, "order", epoch))
+        for chosen in order.split(size):
+            yield split.images[chosen], split.labels[chosen]
+        epoch += 1
+
+
+def train(model: Any, split: Split, rate: float, seed: int, options: argparse.Namespace, head_rate: float) -> float:
+    """AdamW and a cosine; returns the processor seconds of the median step."""
+    groups = [
+        {"params": [p for p in model.backbone.parameters() if p.requires_grad], "lr": rate},
+        {"params": list(model.head.parameters()), "lr": head_rate},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    model.train()
+    seconds = []
+    for _, (images, labels) in zip(range(options.steps), batches(split, options.batch_size, seed), strict=False):
+        start = time.process_time()
+        model(images, labels=labels).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
+@torch.inference_mode()
+def evaluate(model: Any, task: Task, split: Split) -> float:
+    """The task's score, in percent."""
+    model.eval()
+    predicted = torch.cat([model(images).logits.argmax(1) for images in split.images.split(100)])
+    return task.score(predicted, split.labels)
+
+
+def saved_bytes(model: Any, split: Split, batch: int) -> int:
+    """Bytes of activations that one training step keeps for its backward pass, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(split.images[:batch], labels=split.labels[:batch]).loss
+    del loss
+    return sum(kept.values())
+
+
+def run(
+    task: Task, backbone: nn.Module, name: str, rate: float, seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train one method once; the scores on validation and test images, and what it cost."""
+    method, split = METHODS[name], task.train(seed)
+    torch.manual_seed(seed)
+    model = build(task, backbone, method, options.size)
+    memory = saved_bytes(model, split, options.batch_size)
+    seconds = train(model, split, rate, seed, options, rate if method.kind == "head" else HEAD_RATE)
+    parameters = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
+    return {
+        "method": name, "rate": rate, "seed": seed, "parameters": parameters, "bytes": 4 * parameters,
+        "cpu_seconds_per_step": seconds, "saved_activations": memory,
+        "validation": evaluate(model, task, task.validation), "test": evaluate(model, task, task.test),
+    }  # fmt: skip
+
+
+def summarise(runs: Sequence[dict[str, Any]], first: int) -> dict[str, Any]:
+    """Per method: the rate that validation chose at the first seed, and mean and standard deviation over seeds."""
+    summary = {}
+    for name in dict.fromkeys(r["method"] for r in runs):
+        own = [r for r in runs if r["method"] == name]
+        rate = max((r for r in own if r["seed"] == first), key=lambda r: r["validation"])["rate"]
+        chosen = sorted((r for r in own if r["rate"] == rate), key=lambda r: r["seed"])
+        scores = [r["test"] for r in chosen]
+        summary[name] = {
+            "rate": rate,
+            "mean": statistics.mean(scores),
+            "std": statistics.stdev(scores) if len(scores) > 1 else None,
+            "test": scores,
+            **{key: chosen[0][key] for key in ("parameters", "bytes", "cpu_seconds_per_step", "saved_activations")},
+        }
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do the runs that are missing, the rates first, then the seeds in turn over the methods."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a vision backbone of transformers")
+    parser.add_argument("--data", required=True, help=".npz with images (N, h, w) uint8 and labels (N,)")
+    parser.add_argument("--task", default="classification", choices=("classification", "segmentation"))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--shots", type=int, default=16, help="training images per class; 0 for all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--size", type=int, default=70, help="side of the images in pixels")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--validation_images", type=int, default=500)
+    parser.add_argument("--test_images", type=int, default=3000)
+    parser.add_argument("--name", default=None, help="of the results; by default from the task and the shots")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+
+    torch.set_num_threads(1)  # so that processor seconds are the program's own
+    name = options.name or f"vit_{options.task}_{options.shots}shot"
+    task = {"classification": classification, "segmentation": segmentation}[options.task](options)
+    backbone = task.heads.from_backbone(options.model, task.classes, None).backbone
+    path = options.output_dir / f"{name}.json"
+    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+
+    def do(method: str, rate: float, seed: int) -> None:
+        if any((r["method"], r["rate"], r["seed"]) == (method, rate, seed) for r in runs):
+            return
+        runs.append(run(task, backbone, method, rate, seed, options))
+        settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
+        methods = {key: asdict(METHODS[key]) for key in options.methods}
+        settings |= {"model": Path(options.model).name, "data": Path(options.data).name, "output_dir": None}
+        summary = summarise(runs, options.seeds[0])
+        content = {"machine": machine(), "options": settings, "methods": methods, "summary": summary, "runs": runs}
+        write_results(name, content, options.output_dir)
+        last = runs[-1]
+        print(
+            f"{method} rate {rate} seed {seed}: validation {last['validation']:.1f}, test {last['test']:.1f}",
+            flush=True,
+        )
+
+    for method in options.methods:
+        for rate in METHODS[method].rates:
+            do(method, rate, options.seeds[0])
+    for seed in options.seeds[1:]:
+        for method in options.methods:
+            do(method, summarise(runs, options.seeds[0])[method]["rate"], seed)
+
+
+if __name__ == "__main__":
+    main()
