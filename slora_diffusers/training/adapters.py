@@ -16,14 +16,10 @@ from ..errors import SerialLoraError
 from ..files import WEIGHT_NAME, AdapterTensors
 from ..inject import add_serial_lora
 from ..io import new_header, serial_lora_state_dict, write_state
+from ..sites import find_slots
 
 Models = Mapping[str, nn.Module]  # by the name of the pipeline's component
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-LORA_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0"),
-    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("q_proj", "k_proj", "v_proj", "out_proj"),
-)
 
 
 class Adapter(Protocol):
@@ -79,7 +75,7 @@ class PeftLora:
             lora_alpha=alpha,  # type: ignore[arg-type]  PEFT takes any number
             lora_dropout=config.dropout,
             use_rslora=config.rslora,
-            target_modules=list(LORA_TARGETS),
+            target_modules=lora_targets(model),
             exclude_modules=list(config.exclude) if config.exclude else None,
         )
         inject_adapter_in_model(settings, model)
@@ -124,6 +120,13 @@ class EveryWeight:
 
 
 ADAPTERS: dict[str, Adapter] = {"serial": SerialLora(), "lora": PeftLora(), "full": EveryWeight()}
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """Paths of the q, k, v and output projections of every attention that a record covers."""
+    slots = [s for s in find_slots(model) if not s.pair.optional or s.pair.name.endswith("attention_output")]
+    linears = [(slot.path, p) for slot in slots for p in slot.projections if isinstance(p.owner, nn.Linear)]
+    return sorted({f"{path}.{projection.name}" for path, projection in linears})
 
 
 def whole(tensor: Tensor) -> Tensor:
