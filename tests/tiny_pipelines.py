@@ -18,6 +18,8 @@ from diffusers import (
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -27,6 +29,7 @@ from diffusers import (
 from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -120,6 +123,35 @@ def tiny_sd3_pipeline(seed: int = 0, with_t5: bool = True, dual: bool = True) ->
     )
 
 
+def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
+    """Flux with one double and two single blocks, a CLIP encoder and a T5."""
+    clip_tokenizer, t5_tokenizer = clip_tokenizer_on(CORPUS), t5_tokenizer_on(CORPUS)
+    with _seeded(seed):
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,  # two by two latents of four channels
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        )
+        text_encoder = CLIPTextModel(_clip_config(len(clip_tokenizer))).eval()
+        t5 = _t5_encoder(len(t5_tokenizer))
+    return FluxPipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(4, seed=seed + 1, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False),
+        text_encoder=text_encoder,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer,
+    )
+
+
 def tiny_pixart_pipeline(variant: str = "alpha", seed: int = 0) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
     """PixArt `alpha` (with size and aspect conditions, as its 1024 model has) or `sigma` (without).
 
@@ -180,18 +212,20 @@ def _words(corpus: list[str]) -> list[str]:
 
 
 def _clip_encoder(vocab_size: int) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=16,
-            intermediate_size=32,
-            projection_dim=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            bos_token_id=vocab_size - 2,
-            eos_token_id=vocab_size - 1,
-        )
-    ).eval()
+    return CLIPTextModelWithProjection(_clip_config(vocab_size)).eval()
+
+
+def _clip_config(vocab_size: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+    )
 
 
 def _t5_encoder(vocab_size: int) -> T5EncoderModel:
