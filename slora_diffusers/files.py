@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -135,12 +134,22 @@ def _download(repository: str, name: str, hub: dict[str, Any]) -> Path:
         ) from error
 
 
-def _check_header(metadata: Mapping[str, Any], where: str) -> None:
-    version = metadata.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
+def _check_header(metadata: Any, where: str) -> None:
+    version = metadata.get("format_version", FORMAT_VERSION) if isinstance(metadata, Mapping) else None
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise AdapterFileError(
             f"{where} has format version {version!r}; this slora_diffusers reads version {FORMAT_VERSION}. "
             "Install the version that wrote it, or a newer one."
+        )
+    components = metadata.get("components", {})
+    entries = list(components.values()) if isinstance(components, Mapping) else [None]
+    parts = [
+        entry.get(key, {}) if isinstance(entry, Mapping) else None for entry in entries for key in ("config", "base")
+    ]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise AdapterFileError(
+            f"{where} has a damaged header: 'components' must map a component's name to its config and base; got "
+            f"{components!r}. Save the adapter again."
         )
     if unknown := sorted(set(metadata) - _HEADER_FIELDS):
         warnings.warn(f"{where} has header fields that are unknown here and are ignored: {unknown}.", stacklevel=4)
