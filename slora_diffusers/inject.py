@@ -29,6 +29,7 @@ from .registry import (
     registry_of,
     weight_at,
 )
+from .saving import SavePretrained
 from .sites import Slot, find_slots, lora_equivalent, select_slots, unwrap
 
 logger = logging.getLogger("diffusers.slora_diffusers")  # a child of diffusers' own: its verbosity holds here too
@@ -152,6 +153,7 @@ def unload_serial_lora(model: nn.Module) -> None:
                 del hooks[key]
                 for flags in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
                     getattr(model, flags).pop(key, None)
+    vars(model).pop("save_pretrained", None)
     del model._serial_lora
 
 
@@ -256,6 +258,8 @@ def _register(model: nn.Module, registry: Registry) -> None:
         call = ModelCall(registry.call)
         model.register_forward_pre_hook(call.before, with_kwargs=True)
         model.register_forward_hook(call.after, always_call=True)
+        if hasattr(type(model), "save_pretrained"):
+            vars(model)["save_pretrained"] = SavePretrained(model)
 
 
 def activate(model: nn.Module, chosen: Mapping[str, Weights]) -> None:

@@ -1,0 +1,46 @@
+"""A model's own `save_pretrained` while it has adapters: a folder that stock diffusers and transformers load cleanly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class SavePretrained:
+    """Stands before an adapted model's `save_pretrained` and leaves the pairs out of what it writes.
+
+    The pairs stay in `state_dict()`, where checkpoints, DDP and FSDP look for them. `save_pretrained` writes the base,
+    or the fused weights where adapters are fused; the adapters themselves are written by `save_serial_lora`.
+
+    Args:
+        model: A model whose class has `save_pretrained`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The method of the class; `inspect.signature`, which pipelines ask before they call, follows it."""
+        return type(self.model).save_pretrained.__get__(self.model)  # pyright: ignore[reportFunctionMemberAccess]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("state_dict")
+        if given is not None:
+            kwargs["state_dict"] = {key: tensor for key, tensor in given.items() if not _of_a_pair(key)}
+        hook = self.model._register_state_dict_hook(_drop_pairs)
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        finally:
+            hook.remove()
+
+
+def _of_a_pair(key: str) -> bool:
+    return ".serial_lora." in f".{key}"
+
+
+def _drop_pairs(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state if _of_a_pair(key)]:
+        del state[key]
