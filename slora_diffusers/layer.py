@@ -13,6 +13,8 @@ from .calls import Call, CallState
 from .errors import AdapterStateError
 from .placement import real_tensor
 
+_ROWS = 256  # of a weight that are fused at a time: their fp32 copy stays in a CPU's cache
+
 
 class SerialLoraPair(nn.Module):
     """The low-rank pairs (A_i, B_i) of every adapter for one input of one attention.
@@ -176,16 +178,24 @@ class SerialLoraPair(nn.Module):
     @torch.no_grad()
     def fused_weight(self, W: Tensor, gains: dict[str, float]) -> Tensor:
         """W' = W (I + sum_i g_i B_i A_i) for W of shape (out, d), computed in fp32 or better, in W's dtype."""
-        exact = W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
-        A, W_B = self.as_lora(exact, gains)
-        return exact.addmm_(W_B, A).to(W.dtype)
+        A, B = self._exact(W, gains)
+        fused = torch.empty_like(W)
+        for W_i, fused_i in zip(W.split(_ROWS), fused.split(_ROWS), strict=True):
+            exact = W_i.to(A.dtype, copy=True)  # (rows, d)
+            fused_i.copy_(exact.addmm_(exact @ B, A))
+        return fused
 
     @torch.no_grad()
     def as_lora(self, W: Tensor, gains: dict[str, float]) -> tuple[Tensor, Tensor]:
         """The equivalent LoRA on W (out, d): lora_A = A (R, d) and lora_B = W B (out, R), the gains in lora_B."""
+        A, B = self._exact(W, gains)
+        return A, W.to(B.dtype) @ B
+
+    def _exact(self, W: Tensor, gains: dict[str, float]) -> tuple[Tensor, Tensor]:
+        """A (R, d) and B (d, R) stacked, beside W and at least as precise as fp32."""
         dtype = torch.promote_types(W.dtype, torch.float32)
-        A, B = (matrix.to(W.device, dtype) for matrix in self.stack(gains))
-        return A, W.to(dtype) @ B
+        A, B = self.stack(gains)
+        return A.to(W.device, dtype), B.to(W.device, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SerialLoraPair:
         self._merged = None  # made again where the parameters went
