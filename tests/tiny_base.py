@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any
 import diffusers.models.transformers as transformers_package
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Draw:
@@ -42,7 +43,7 @@ class TinyModel:
     inputs: Callable[[Draw], dict[str, Any]]
     class_name: str = field(default="", kw_only=True)
 
-    def build(self, seed: int = 0) -> ModelMixin:
+    def build(self, seed: int = 0) -> nn.Module:
         """A model in eval mode whose weights follow from the seed.
 
         Weights that start at zero (gates, output layers) are drawn too: they would hide the adapter's effect, and no
@@ -56,7 +57,7 @@ class TinyModel:
                 if not parameter.any():
                     parameter.normal_(std=0.1)
             for module in model.modules():
-                if isinstance(module, torch.nn.Linear):
+                if isinstance(module, nn.Linear):
                     module.weight.mul_(3**0.5)
         return model
 
@@ -65,7 +66,7 @@ class TinyModel:
         return self.inputs(Draw(seed))
 
     @torch.no_grad()
-    def run(self, model: ModelMixin, seed: int = 0) -> Tensor:
+    def run(self, model: nn.Module, seed: int = 0) -> Tensor:
         """Every tensor of one forward's output, flattened into one."""
         output = model(**self.arguments(seed))
         return torch.cat([tensor.flatten() for tensor in flat_tensors(output)])
@@ -104,12 +105,16 @@ def video(
 
 
 @cache
-def transformer_classes() -> dict[str, type[ModelMixin]]:
-    """Every model class that the installed diffusers defines in `diffusers.models.transformers`, exported or not."""
+def transformer_classes() -> dict[str, type[nn.Module]]:
+    """Every model that the installed diffusers defines in `diffusers.models.transformers`, exported or not.
+
+    Those that are parts of a UNet are plain modules, told by their names.
+    """
     found = {}
     for info in pkgutil.iter_modules(transformers_package.__path__, transformers_package.__name__ + "."):
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():
-            if isinstance(value, type) and issubclass(value, ModelMixin) and value.__module__ == module.__name__:
+            own = isinstance(value, type) and value.__module__ == module.__name__ and issubclass(value, nn.Module)
+            if own and (issubclass(value, ModelMixin) or re.fullmatch(r"\w*Transformer\w*Model", name)):
                 found[name] = value
     return found

@@ -337,6 +337,9 @@ IMAGE = {
     ),
     "DreamLiteTransformer2DModel": TinyModel(_BASIC, _basic),
     "Transformer2DModel": TinyModel(_BASIC, _basic),
+    "DualTransformer2DModel": TinyModel(
+        _BASIC, lambda r: {"hidden_states": r(2, 16, 4, 4), "encoder_hidden_states": r(2, 77 + 257, 12)}
+    ),
     "PriorTransformer": TinyModel(
         {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "embedding_dim": 12, "num_embeddings": 5},
         lambda r: {

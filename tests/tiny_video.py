@@ -268,6 +268,20 @@ VIDEO = {
         },
         lambda r: video(r, image_embeds=r(1, 5, 10)),
     ),
+    "TransformerSpatioTemporalModel": TinyModel(
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 32,
+            "num_layers": 2,
+            "cross_attention_dim": 12,
+        },
+        lambda r: {
+            "hidden_states": r(4, 32, 4, 4),
+            "encoder_hidden_states": r(4, 1, 12),
+            "image_only_indicator": torch.zeros(2, 2),
+        },
+    ),
     "TransformerTemporalModel": TinyModel(
         {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 16, "norm_num_groups": 4, "num_layers": 2},
         lambda r: {"hidden_states": r(4, 16, 4, 4), "num_frames": 2},

@@ -72,7 +72,9 @@ def output(projection: str, name: str = "attention_output") -> tuple[Pair, ...]:
     return (Pair((), (projection,), name),)
 
 
-def cross(q: str, kv: str, out: str, *, hidden: str = "hidden_states", encoder: str = "encoder_hidden_states"):
+def cross(
+    q: str, kv: str, out: str, *, hidden: str = "hidden_states", encoder: str = "encoder_hidden_states"
+) -> tuple[Pair, ...]:
     """The pairs of a cross-attention: queries from one input, keys and values from the other."""
     return (
         reads(q, hidden, name="hidden_states"),

@@ -213,6 +213,11 @@ RECORDS = (
         requires=_BASIC,
     ),
     Architecture(
+        "DualTransformer2DModel",
+        ("DualTransformer2DModel",),
+        {f"transformers.*.{path}": pairs for path, pairs in SELF_CROSS.items()},
+    ),
+    Architecture(
         "unCLIP and Kandinsky 2 priors",
         ("PriorTransformer",),
         blocks("transformer_blocks", attn1=SELF, ff=FEED_FORWARD),

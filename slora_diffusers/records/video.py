@@ -242,6 +242,15 @@ RECORDS = (
         },
     ),
     Architecture(
+        "Stable Video Diffusion",
+        ("TransformerSpatioTemporalModel",),
+        {
+            **SELF_CROSS,
+            **blocks("temporal_transformer_blocks", attn1=SELF, attn2=CROSS, ff=FEED_FORWARD, ff_in=FEED_FORWARD),
+        },
+        "inside its UNet",
+    ),
+    Architecture(
         "TransformerTemporalModel",
         ("TransformerTemporalModel",),
         blocks("transformer_blocks", attn1=SELF, attn2=SELF, ff=FEED_FORWARD),
