@@ -207,7 +207,9 @@ def add_loaded(
     """Add an adapter whose A and B are given; everything has been checked, nothing is initialised at random."""
     for slot, A, B in matrices:
         device = device_of(slot.projections[0].owner, slot.projections[0].attribute)
-        _add_matrices(slot, registry, adapter_name, A.to(device), B.to(device), config, trainable=False)
+        # Copies: a state dict's tensors may be another model's own parameters.
+        A, B = (matrix.detach().to(device, copy=True) for matrix in (A, B))
+        _add_matrices(slot, registry, adapter_name, A, B, config, trainable=False)
     finish_adding(model, registry, adapter_name, config, weight)
 
 

@@ -1,4 +1,4 @@
-"""A model's own `save_pretrained` while it has adapters: a folder that stock diffusers and transformers load cleanly."""
+"""`save_pretrained` of a model with adapters: a folder that stock diffusers and transformers load without a word."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SavePretrained:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The method of the class; `inspect.signature`, which pipelines ask before they call, follows it."""
-        return type(self.model).save_pretrained.__get__(self.model)  # pyright: ignore[reportFunctionMemberAccess]
+        return type(self.model).save_pretrained.__get__(self.model)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("state_dict")
