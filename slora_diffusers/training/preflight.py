@@ -33,6 +33,13 @@ def check_options(options: argparse.Namespace) -> None:
         raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --no-center_crop.")
     if options.adapter == "full" and options.quantize:
         raise SerialLoraError("--adapter full trains the weights themselves: they cannot be quantized (--quantize).")
+    if options.quantize and not has_gpu():
+        raise SerialLoraError(f"--quantize {options.quantize} needs a GPU: diffusers quantizes nowhere else.")
+
+
+def has_gpu() -> bool:
+    """Whether there is an accelerator that bitsandbytes runs on."""
+    return torch.cuda.is_available() or torch.xpu.is_available()
 
 
 def check_sites(model_class: Any, options: argparse.Namespace) -> None:
