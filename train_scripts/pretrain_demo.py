@@ -29,15 +29,10 @@ from diffusers import (
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from slora_diffusers.demo.glyphs import (
-    IMAGE_SIZE,
-    LETTERS,
-    PRETRAINING_FACES,
-    glyph_images,
-    to_pixels,
-)
+from slora_diffusers.demo.glyphs import CORE_FACES, IMAGE_SIZE, LETTERS, PRETRAINING_FACES, glyph_images, to_pixels
 from slora_diffusers.training.objectives import Objective, objective_for
 
+FACES = {"all": PRETRAINING_FACES, "core": CORE_FACES}
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
 
 
@@ -144,13 +139,12 @@ def build_pipeline(vae: AutoencoderKL, transformer: torch.nn.Module) -> DiTPipel
 
 
 def snapshot(pipe: DiTPipeline, output: Path, grids: Path, step: int, seed: int) -> None:
-    """Saves the fp16 folder and one grid of samples: 26 letters x guidance (1, 1.5, 2.5, 4), two seeds each."""
+    """Saves the fp16 folder and one grid of samples: the 26 letters at guidance 1.5, 2.5 and 4."""
     rows = []
-    for guidance in (1.0, 1.5, 2.5, 4.0):
-        for row in range(2):
-            generator = torch.Generator().manual_seed(seed + row)
-            samples = pipe(list(range(len(LETTERS))), guidance, generator, 20, output_type="pt").images  # type: ignore
-            rows.append(F.pad(samples.mean(1), (1, 1, 1, 1), value=0.3).permute(1, 0, 2).flatten(1))  # (H, 26 W)
+    for row, guidance in enumerate((1.5, 2.5, 4.0)):
+        generator = torch.Generator().manual_seed(seed + row)
+        samples = pipe(list(range(len(LETTERS))), guidance, generator, 20, output_type="pt").images  # type: ignore
+        rows.append(F.pad(samples.mean(1), (1, 1, 1, 1), value=0.3).permute(1, 0, 2).flatten(1))  # (H, 26 W)
     grid = (torch.cat(rows) * 255).round().to(torch.uint8).numpy()
     grids.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid).save(grids / f"step_{step:06d}.png")
@@ -164,11 +158,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("slora_diffusers/demo/base"))
     parser.add_argument("--grids", type=Path, default=Path("outputs/pretrain_demo"))
+    parser.add_argument("--initial", type=Path, help="start from the weights of an earlier run's folder")
+    parser.add_argument("--faces", choices=FACES, default="all", help="which faces to draw")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--vae-steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--variations", type=int, default=48, help="jittered copies of each glyph")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
     parser.add_argument("--snapshot-every", type=int, default=400)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -176,17 +173,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
-    images, labels = glyph_images(PRETRAINING_FACES, variations=args.variations, seed=args.seed)
-    print(f"{len(images)} glyphs of {len(PRETRAINING_FACES)} faces", flush=True)
-    vae, transformer = build_vae(), build_transformer()
-    train_vae(vae, images, args.vae_steps, args.seed)
-    vae.eval()
+    images, labels = glyph_images(FACES[args.faces], variations=args.variations, seed=args.seed)
+    print(f"{len(images)} glyphs of {len(FACES[args.faces])} faces", flush=True)
+    if args.initial is not None:
+        pipe = DiTPipeline.from_pretrained(args.initial, torch_dtype=torch.float32)
+        vae, transformer = pipe.vae, pipe.transformer.eval()
+    else:
+        vae, transformer = build_vae(), build_transformer()
+        train_vae(vae, images, args.vae_steps, args.seed)
+    vae.eval().requires_grad_(False)
     with torch.no_grad():
         latents = torch.cat([vae.encode(to_pixels(batch)).latent_dist.mode() for batch in images.split(256)])
     print(f"latents: mean {latents.mean():.3f} std {latents.std():.3f}", flush=True)
 
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
-    warmup = 200
+    warmup = 100
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda k: (
@@ -197,7 +198,7 @@ def main() -> None:
             )
         ),
     )
-    average = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    average = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     objective = objective_for(build_scheduler())
     started, running = time.time(), 0.0
     for step in range(1, args.steps + 1):

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiTPipeline
 from torch import nn
 
+from ..config import SerialLoraConfig
 from ..training.objectives import objective_for
 from ..training.randomness import generator
 from .glyphs import (
@@ -38,6 +39,11 @@ class Setting:
     variations: int = 32  # jittered copies of each letter
     label_dropout: float = 0.1
     seed: int = 0
+
+
+CONFIG = SerialLoraConfig(rank=16)
+SERIAL = Setting(learning_rate=1e-2)
+FULL = Setting(learning_rate=5e-4)
 
 
 @dataclass(frozen=True)

@@ -50,15 +50,17 @@ class Face:
             return unicodedata.lookup(f"{self.alphabet.replace('FRAKTUR', 'BLACK-LETTER')} CAPITAL {letter}")
 
 
-_PLAIN_FONTS = (
+_CORE_FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
-    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
-    *("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10", "cmmi10"),
+    *("cmr10", "cmb10", "cmss10", "cmti10"),
 )
+_MORE_FONTS = (*(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")), "cmtt10", "cmmi10")
+CORE_FACES = tuple(Face(font, font) for font in _CORE_FONTS)  # the 16 that the last stage of pretraining keeps to
 PRETRAINING_FACES = (
-    *(Face(font, font) for font in _PLAIN_FONTS),
+    *CORE_FACES,
+    *(Face(font, font) for font in _MORE_FONTS),
     Face("DejaVu double-struck", "DejaVuSans", "DOUBLE-STRUCK"),
     Face("STIX double-struck", "STIXGeneral", "DOUBLE-STRUCK"),
     Face("STIX sans", "STIXGeneral", "SANS-SERIF"),
