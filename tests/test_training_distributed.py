@@ -1,0 +1,101 @@
+"""Runs in processes of their own: two gloo processes, accelerate launch, and one that is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from tests.tiny_pipelines import tiny_dit_pipeline
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+WEIGHTS = "serial_lora_weights.safetensors"
+SCRIPT = [str(ROOT / "train_scripts" / "train_dit.py")]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def run(*command, **more):
+    return subprocess.run(
+        [sys.executable, *command], env=ENVIRONMENT, cwd=ROOT, timeout=500, capture_output=True, text=True, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_dit_pipeline("epsilon", learned_sigma=True).save_pretrained(folder)
+    return folder
+
+
+def flags(base, out, batch, **options):
+    options = {
+        "glyphs": "script", "glyph_variations": 1, "max_train_steps": 4, "validation_steps": 2, "rank": 4,
+        "validation_inference_steps": 2, "num_validation_images": 1, "validation_labels": 0, "learning_rate": 1e-2,
+        "checkpointing_steps": 2, "label_dropout": 0.2, "train_batch_size": batch, **options,
+    }  # fmt: skip
+    paths = ["--pretrained_model_name_or_path", str(base), "--output_dir", str(out)]
+    return paths + [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def log(out, name):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def test_two_processes_equal_one_at_the_same_global_batch_and_write_one_file(base, tmp_path):
+    two = run(*TORCHRUN, *SCRIPT, *flags(base, tmp_path / "two", 3))
+    assert two.returncode == 0, two.stderr[-3000:]
+    one = run(*SCRIPT, *flags(base, tmp_path / "one", 6))
+    assert one.returncode == 0, one.stderr[-3000:]
+    for name in ("loss", "grad_norm", "validation_loss"):
+        ours, theirs = log(tmp_path / "two", name), log(tmp_path / "one", name)
+        assert ours.keys() == theirs.keys()
+        assert_close([*ours.values()], [*theirs.values()], rtol=1e-4, atol=1e-6)
+    ours, theirs = (load_file(tmp_path / name / WEIGHTS) for name in ("two", "one"))
+    for key in theirs:
+        assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
+    assert [path.name for path in (tmp_path / "two").glob("*.safetensors")] == [WEIGHTS]
+    assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_killed_run_resumes_to_the_bit_under_accelerate_launch(base, tmp_path):
+    options = {"max_train_steps": 12, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "validation_steps": 0}
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    through = run(*launch, *SCRIPT, *flags(base, tmp_path / "through", 3, **options))
+    assert through.returncode == 0, through.stderr[-3000:]
+    out = tmp_path / "killed"
+    command = [sys.executable, *SCRIPT, *flags(base, out, 3, **options)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (out / "checkpoint-4").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / WEIGHTS).exists()
+    resumed = run(*launch, *SCRIPT, *flags(base, out, 3, **options, resume_from_checkpoint="latest"))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    one, other = load_file(tmp_path / "through" / WEIGHTS), load_file(out / WEIGHTS)
+    assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+    assert log(out, "loss") == log(tmp_path / "through", "loss")
+
+
+def test_fsdp2_shards_save_and_resume_as_one_process(tmp_path):
+    worker = str(ROOT / "tests" / "fsdp2_worker.py")
+    two = run(*TORCHRUN, worker, str(tmp_path / "two"), "2")
+    assert two.returncode == 0, two.stderr[-3000:]
+    one = run(worker, str(tmp_path / "one"), "1")
+    assert one.returncode == 0, one.stderr[-3000:]
+    through, resumed = (load_file(tmp_path / "two" / name / WEIGHTS) for name in ("through", "resumed"))
+    alone = load_file(tmp_path / "one" / "through" / WEIGHTS)
+    for key in alone:
+        assert resumed[key].equal(through[key])
+        assert_close(through[key], alone[key], rtol=1e-3, atol=1e-4)
