@@ -123,14 +123,16 @@ def delete_serial_lora(model: nn.Module, adapter_names: str | Sequence[str]) -> 
     if set(names) == set(registry.configs) and registry.capacity is None:
         unload_serial_lora(model)
         return
-    for pair in pairs_of(model).values():
+    pairs = pairs_of(model).values()
+    for pair in pairs:
         for name in names:
             if name in pair.scaling:
                 pair.remove(name)
     for name in names:
         del registry.configs[name]
         registry.active.pop(name, None)
-    _drop_empty_sites(model, registry)
+    if registry.capacity is None and not all(pair.scaling for pair in pairs):
+        _drop_empty_sites(model)
 
 
 def unload_serial_lora(model: nn.Module) -> None:
@@ -248,7 +250,7 @@ def finish_adding(model: nn.Module, registry: Registry, name: str, config: Seria
     registry.configs[name] = config
     follow_group_offload(unwrap(model))
     activate(model, {**registry.active, name: weight})
-    if registry.capacity is None:
+    if registry.capacity is None and any(set(pair.scaling) == {name} for pair in pairs_of(model).values()):
         attach_all(model)
 
 
@@ -307,9 +309,7 @@ def _forget_compiled() -> None:
         torch.compiler.reset()
 
 
-def _drop_empty_sites(model: nn.Module, registry: Registry) -> None:
-    if registry.capacity is not None:
-        return
+def _drop_empty_sites(model: nn.Module) -> None:
     for module in [m for m in unwrap(model).modules() if "serial_lora" in m._modules]:
         container = module.get_submodule("serial_lora")
         for name, pair in list(container.named_children()):

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -145,7 +145,7 @@ def plan_load(
     if not chosen:
         raise AdapterFileError(_misfit_message(model, header, missing, unexpected, list(mismatched.values()), slots))
     _check_capacity(model, registry, chosen)
-    _warn_of_other_base(model, header)
+    _warn_of_other_base(model, header, list(slots.values()))
     report = LoadReport(
         name,
         len({slot.path for slot, _, _ in chosen}),
@@ -234,12 +234,11 @@ def new_header(components: dict[str, Any]) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "library_version": library_version(), "components": components}
 
 
-def describe_base(model: nn.Module) -> dict[str, str | None]:
-    """The base's class, name and fingerprint."""
+def describe_base(model: nn.Module, slots: Sequence[Slot] | None = None) -> dict[str, str | None]:
+    """The base's class, name and fingerprint; `slots` are those of `find_slots`, where they are at hand."""
     model = unwrap(model)
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    slots = find_slots(model)
-    weights = [W for group in base_weights(model, slots) for W in group]
+    weights = [W for group in base_weights(model, find_slots(model) if slots is None else slots) for W in group]
     return {"class": type(model).__name__, "name": name, "fingerprint": fingerprint(weights)}
 
 
@@ -367,11 +366,11 @@ def _check_capacity(model: nn.Module, registry: Registry, chosen: list[tuple[Slo
             )
 
 
-def _warn_of_other_base(model: nn.Module, header: Mapping[str, Any]) -> None:
+def _warn_of_other_base(model: nn.Module, header: Mapping[str, Any], slots: Sequence[Slot]) -> None:
     theirs = header.get("base", {})
     if not theirs.get("fingerprint"):
         return
-    ours = describe_base(model)
+    ours = describe_base(model, slots)
     if ours["fingerprint"] and not same_base(theirs["fingerprint"], ours["fingerprint"]):
         warnings.warn(
             f"The adapter was trained on {theirs.get('class')} {theirs.get('name') or '(no name)'}, but is loaded into "

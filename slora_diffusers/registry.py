@@ -13,7 +13,7 @@ from .calls import CallState
 from .config import SerialLoraConfig, matches
 from .errors import AdapterStateError
 from .layer import SerialLoraPair
-from .sites import Projection, find_slots, unwrap
+from .sites import Projection, unwrap
 
 Weights = float | Mapping[str, float]
 """The weight of an adapter: a number, or {regular expression of a site: number}."""
@@ -48,8 +48,7 @@ def registry_of(model: nn.Module, create: bool = False) -> Registry:
     model = unwrap(model)
     registry = getattr(model, "_serial_lora", None)
     if registry is None and create:
-        find_slots(model)  # refuses a model that no record covers before anything is written on it
-        registry = Registry()
+        registry = Registry()  # written on the model with its first pair, once everything has been checked
     if registry is None:
         raise AdapterStateError(
             f"{type(model).__name__} has no Serial LoRA adapter. Add one with add_serial_lora() or load_serial_lora()."

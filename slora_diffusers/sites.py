@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from .architectures import ARCHITECTURES, REFUSED, Architecture, Pair, check_config
 from .config import SerialLoraConfig, matches
 from .errors import ArchitectureError, SerialLoraError
+
+T = TypeVar("T")
 
 # What an attention may do to its input before, or beside, the projections: there W (I + sBA) is not the same map.
 _REFUSED_NORMS = ("group_norm", "spatial_norm", "norm_cross")
@@ -65,12 +68,16 @@ def find_slots(model: nn.Module) -> list[Slot]:
     """
     slots: dict[str, Slot] = {}
     refusals: list[str] = []
+    records: dict[type, Architecture | None] = {}  # a model has thousands of modules, but few classes
     for prefix, module in unwrap(model).named_modules():
-        if (record := _record_of(module)) is not None:
+        kind = type(module)
+        if kind not in records:
+            records[kind] = _entry(ARCHITECTURES, kind)
+            if records[kind] is None and (reason := _entry(REFUSED, kind)) is not None:
+                refusals.append(f"{kind.__name__}: {reason}")
+        if (record := records[kind]) is not None:
             for slot in _slots_of(_plain(prefix), module, record):
                 slots.setdefault(slot.key, slot)
-        elif (reason := _refusal_of(module)) is not None:
-            refusals.append(f"{type(module).__name__}: {reason}")
     if not slots:
         raise ArchitectureError(_unknown_message(unwrap(model), refusals))
     return list(slots.values())
@@ -130,12 +137,9 @@ def out_features(projection: Projection) -> int:
     return getattr(projection.owner, "out_features", None) or projection.weight.shape[0]
 
 
-def _record_of(module: nn.Module) -> Architecture | None:
-    return next((ARCHITECTURES[c.__name__] for c in type(module).__mro__ if c.__name__ in ARCHITECTURES), None)
-
-
-def _refusal_of(module: nn.Module) -> str | None:
-    return next((REFUSED[c.__name__] for c in type(module).__mro__ if c.__name__ in REFUSED), None)
+def _entry(table: Mapping[str, T], kind: type) -> T | None:
+    """What a table by class name has for a class, or for the nearest class that it derives from."""
+    return next((table[c.__name__] for c in kind.__mro__ if c.__name__ in table), None)
 
 
 def _plain(path: str) -> str:
