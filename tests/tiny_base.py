@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -46,15 +47,15 @@ class TinyModel:
     def build(self, seed: int = 0) -> nn.Module:
         """A model in eval mode whose weights follow from the seed.
 
-        Weights that start at zero (gates, output layers) are drawn too: they would hide the adapter's effect, and no
-        trained model has them at zero. Linears keep the size of what they read, for the same reason: PyTorch's
-        initial ones divide it by the square root of 3.
+        Weights that start at zero (gates, output layers) or as whatever the memory holds are drawn too: zeros would
+        hide the adapter's effect, and no trained model has them. Linears keep the size of what they read, for the
+        same reason: PyTorch's initial ones divide it by the square root of 3.
         """
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _uninitialised_is_nan():
             torch.manual_seed(seed)
             model = transformer_classes()[self.class_name](**self.config).eval().requires_grad_(False)
             for parameter in model.parameters():
-                if not parameter.any():
+                if not parameter.any() or parameter.isnan().any():
                     parameter.normal_(std=0.1)
             for module in model.modules():
                 if isinstance(module, nn.Linear):
@@ -70,6 +71,17 @@ class TinyModel:
         """Every tensor of one forward's output, flattened into one."""
         output = model(**self.arguments(seed))
         return torch.cat([tensor.flatten() for tensor in flat_tensors(output)])
+
+
+@contextmanager
+def _uninitialised_is_nan() -> Iterator[None]:
+    """Inside, `torch.empty` is filled with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def flat_tensors(value: object) -> Iterator[Tensor]:
