@@ -1,4 +1,4 @@
-"""Write the tables of supported architectures into the documentation, from the records themselves.
+"""Write the tables of the documentation, from the records themselves: supported architectures, parameter counts.
 
 python -m docs.build_tables            rewrite the marked regions
 python -m docs.build_tables --check    say what is out of date, and fail
@@ -7,9 +7,15 @@ python -m docs.build_tables --check    say what is out of date, and fail
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 
+import diffusers
+import torch
+
+from slora_diffusers import SerialLoraConfig, add_serial_lora
 from slora_diffusers.architectures import REFUSED, Architecture, Pair
+from slora_diffusers.inject import AddReport
 from slora_diffusers.records import audio, image, video, vision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +25,100 @@ KINDS = {
     "Audio and molecules": audio.RECORDS,
     "Vision and text encoders": vision.RECORDS,
 }
+
+_SD3 = {"sample_size": 128, "in_channels": 16, "joint_attention_dim": 4096, "pooled_projection_dim": 2048}
+PUBLISHED: dict[str, tuple[str, dict[str, object]]] = {
+    "DiT-XL/2": (
+        "DiTTransformer2DModel",
+        {"num_attention_heads": 16, "attention_head_dim": 72, "out_channels": 8, "num_layers": 28, "patch_size": 2},
+    ),
+    "PixArt-XL": (
+        "PixArtTransformer2DModel",
+        {
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "out_channels": 8,
+            "num_layers": 28,
+            "cross_attention_dim": 1152,
+            "caption_channels": 4096,
+        },
+    ),
+    "SD3-medium": (
+        "SD3Transformer2DModel",
+        {
+            **_SD3,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "attention_head_dim": 64,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+    ),
+    "SD3.5-medium": (
+        "SD3Transformer2DModel",
+        {
+            **_SD3,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "attention_head_dim": 64,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "SD3.5-large": (
+        "SD3Transformer2DModel",
+        {
+            **_SD3,
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "attention_head_dim": 64,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "Flux.1-dev": (
+        "FluxTransformer2DModel",
+        {
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": True,
+        },
+    ),
+}
+"""Model -> class and configuration, as published."""
+
+
+def published(name: str) -> torch.nn.Module:
+    """A published model in its real shapes, on the meta device: no weights, no memory."""
+    class_name, config = PUBLISHED[name]
+    with torch.device("meta"):
+        return getattr(diffusers, class_name)(**config)
+
+
+@cache
+def count(name: str, rank: int) -> AddReport:
+    """The pairs and parameters that an adapter of this rank has in a published model."""
+    return add_serial_lora(published(name), SerialLoraConfig(rank=rank))
+
+
+def counts() -> str:
+    """Pairs and parameters at rank 16, beside those of a LoRA on q, k, v and the output projections."""
+    rows = ["| | Sites | Pairs | Serial LoRA | LoRA on q, k, v, o | Ratio |", "|---|--:|--:|--:|--:|--:|"]
+    for name in PUBLISHED:
+        c = count(name, 16)
+        rows.append(
+            f"| {name} | {c.sites} | {c.pairs} | {c.parameters:,} | {c.lora_parameters:,} "
+            f"| {c.parameters / c.lora_parameters:.4f} |"
+        )
+    return "\n".join(rows)
 
 
 def full_tables() -> str:
@@ -45,7 +145,8 @@ def families() -> str:
 
 REGIONS = {
     ROOT / "docs" / "architectures.md": {"architectures": full_tables, "refusals": refusals},
-    ROOT / "README.md": {"architectures": families},
+    ROOT / "docs" / "counts.md": {"counts": counts},
+    ROOT / "README.md": {"architectures": families, "counts": counts},
 }
 
 
