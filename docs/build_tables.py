@@ -138,9 +138,12 @@ def refusals() -> str:
 
 
 def families() -> str:
-    """One row per kind, families only."""
-    rows = (f"| {kind} | {', '.join(record.family for record in records)} |" for kind, records in KINDS.items())
-    return "\n".join(["| | Families |", "|---|---|", *rows])
+    """One row per kind: how many classes, and their families."""
+    rows = (
+        f"| {kind} | {sum(len(record.models) for record in records)} | {', '.join(r.family for r in records)} |"
+        for kind, records in KINDS.items()
+    )
+    return "\n".join(["| | Classes | Families |", "|---|---|---|", *rows])
 
 
 REGIONS = {

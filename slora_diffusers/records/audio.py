@@ -32,7 +32,7 @@ RECORDS = (
         {"transformer_blocks.*.attn": SELF, "transformer_blocks.*": output("ff_in", "feed_forward")},
     ),
     Architecture(
-        "MiniMax-Music 3, depth decoder",
+        "MiniMax-Music 3 depth decoder",
         ("MiniMaxMusic3RVQDepthDecoder",),
         {
             "layers.*.attn": (reads(QKV, "hidden_states"), *output("to_out")),
@@ -49,7 +49,7 @@ RECORDS = (
         },
     ),
     Architecture(
-        "RFdiffusion 4, Proteina",
+        "RFdiffusion 4 (Proteina)",
         ("RFD4ProteinaTransformer",),
         {
             "transformer_layers.*.mhba.mha": (
