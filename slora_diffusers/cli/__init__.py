@@ -1,0 +1,5 @@
+"""The `slora` command: demo, inspect, export, compress, merge, fuse, verify."""
+
+from .commands import app
+
+__all__ = ["app"]

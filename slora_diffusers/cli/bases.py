@@ -1,0 +1,109 @@
+"""Find and load what an adapter sits on: a pipeline or a model, from a folder or the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import SerialLoraError
+from ..files import AdapterTensors, read_adapter
+from ..io import load_serial_lora
+
+DEMO = "demo"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of that name."""
+    if name not in DTYPES:
+        raise SerialLoraError(f"dtype must be one of {', '.join(DTYPES)}; got {name!r}.")
+    return DTYPES[name]
+
+
+def load_base(base: str, dtype: str = "float32") -> Any:
+    """A pipeline or a model from its folder or Hub id; `demo` is the one that comes with the package."""
+    kind = dtype_of(dtype)
+    if base == DEMO and not Path(base).exists():
+        from ..demo.adapt import load_base as load_demo
+
+        return load_demo().to(kind)
+    folder = Path(base)
+    if folder.exists() and not folder.is_dir():
+        raise SerialLoraError(f"--base is a pipeline's or a model's folder, or a Hub id; {base} is a file.")
+    if _has(base, "model_index.json"):
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=kind)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+    config = _has(base, "config.json")
+    if config is None:
+        raise SerialLoraError(
+            f"{base} is no folder and no Hub repository with a model_index.json or a config.json. Give the base that "
+            "the adapter was trained on, with --base."
+        )
+    return _load_model(base, json.loads(config.read_text(encoding="utf-8")), kind)
+
+
+def is_model(source: str) -> bool:
+    """Whether a folder or Hub id holds a model or a pipeline (an adapter's has neither of their configs)."""
+    if source == DEMO and not Path(source).exists():
+        return True
+    return any(_has(source, name) is not None for name in ("model_index.json", "config.json"))
+
+
+def load_with_adapters(
+    base: str | None, adapters: Sequence[str], weights: Sequence[float] | None, dtype: str = "float32"
+) -> tuple[Any, list[str]]:
+    """The base with these adapters active, and their names; without a base, the one that the first file names."""
+    if weights and len(weights) != len(adapters):
+        raise SerialLoraError(f"{len(adapters)} adapters need as many --weight; got {len(weights)}.")
+    states = [read_adapter(adapter) for adapter in adapters]
+    model = load_base(base or base_name(states[0]), dtype)
+    names = [f"adapter_{i}" for i in range(len(states))] if len(states) > 1 else ["default"]
+    for name, state, weight in zip(names, states, weights or [1.0] * len(states), strict=True):
+        if isinstance(model, nn.Module):
+            load_serial_lora(model, state, name, weight)
+        else:
+            model.load_serial_lora(state, name, weight)
+    return model, names
+
+
+def _load_model(base: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    if "_class_name" in config:
+        from diffusers import AutoModel
+
+        return AutoModel.from_pretrained(base, torch_dtype=dtype).eval()
+    import transformers
+
+    names = config.get("architectures") or ["AutoModel"]
+    model_class = getattr(transformers, names[0], transformers.AutoModel)
+    return model_class.from_pretrained(base, dtype=dtype).eval()
+
+
+def base_name(state: AdapterTensors) -> str:
+    """Name of the base in an adapter's header."""
+    components = state.metadata.get("components", {})
+    name = next((n for c in components.values() if (n := c.get("base", {}).get("name"))), None)
+    if name is None:
+        raise SerialLoraError("The adapter's file does not say what base it is for. Give it with --base.")
+    return name
+
+
+def _has(base: str, name: str) -> Path | None:
+    """The local path of a file in a folder or a Hub repository, or None."""
+    if Path(base).exists():
+        path = Path(base) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(base, name))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
