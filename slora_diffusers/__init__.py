@@ -24,6 +24,7 @@ from .loader import SerialLoraLoaderMixin
 from .loader import install as _install
 from .processors import SerialLoraAttnProcessor
 from .status import SerialLoraStatus, serial_lora_parameters, serial_lora_status
+from .vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
 
 __version__ = _library_version()
 
@@ -36,6 +37,8 @@ __all__ = [
     "SerialLoraAttnProcessor",
     "SerialLoraConfig",
     "SerialLoraError",
+    "SerialLoraForImageClassification",
+    "SerialLoraForSemanticSegmentation",
     "SerialLoraLoaderMixin",
     "SerialLoraStatus",
     "add_serial_lora",

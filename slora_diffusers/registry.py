@@ -109,6 +109,7 @@ def check_active(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
 
 
 def check_room(pair: SerialLoraPair, names: Mapping[str, Weights], room: int) -> None:
+    """Raise AdapterStateError unless the summed rank of these adapters at a pair fits the room reserved there."""
     ranks = {name: pair.matrices(name)[0].shape[0] for name in names if name in pair.scaling}
     if sum(ranks.values()) > room:
         raise AdapterStateError(
