@@ -1,4 +1,4 @@
-"""Two of these, under torchrun, train a sharded DiT: `fsdp2_worker.py <output folder> <base dtype>`."""
+"""Two of these, under torchrun, train a sharded SD3: `fsdp2_worker.py <output folder> <processes>`."""
 
 import sys
 from pathlib import Path
@@ -11,12 +11,12 @@ from torch.distributed.fsdp import fully_shard
 from slora_diffusers import SerialLoraConfig, add_serial_lora, save_serial_lora
 from slora_diffusers.training.checkpoint import gathered, load_optimizer, load_parameters
 from slora_diffusers.training.precision import trainable
-from tests.tiny_pipelines import tiny_dit_pipeline
+from tests.tiny_pipelines import tiny_sd3_pipeline
 
 
 def sharded(world):
     torch.manual_seed(0)
-    model = tiny_dit_pipeline().transformer
+    model = tiny_sd3_pipeline().transformer
     add_serial_lora(model, SerialLoraConfig(rank=4))
     if world > 1:
         mesh = init_device_mesh("cpu", (world,))
@@ -29,10 +29,10 @@ def sharded(world):
 
 def step(model, optimizer, number, rank, world):
     draw = torch.Generator().manual_seed(number)
-    x, t = torch.randn(4, 4, 16, 16, generator=draw), torch.randint(1000, (4,), generator=draw)
-    target = torch.randn(4, 4, 16, 16, generator=draw)
+    x, target = (torch.randn(4, 4, 16, 16, generator=draw) for _ in range(2))
+    t, text, pooled = torch.rand(4, generator=draw) * 1000, torch.randn(4, 8, 32, generator=draw), torch.ones(4, 32)
     mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
-    output = model(x[mine], timestep=t[mine], class_labels=torch.tensor([0, 1, 2, 3])[mine]).sample
+    output = model(x[mine], text[mine], pooled[mine], t[mine]).sample
     ((output - target[mine]) ** 2).mean().backward()
     optimizer.step()
     optimizer.zero_grad()

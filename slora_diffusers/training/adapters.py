@@ -119,7 +119,21 @@ class EveryWeight:
         return folder
 
 
-ADAPTERS: dict[str, Adapter] = {"serial": SerialLora(), "lora": PeftLora(), "full": EveryWeight()}
+class HeadAlone:
+    """Nothing in the backbone: the head of a vision model trains on the features that there are."""
+
+    def check(self) -> None:
+        pass
+
+    def attach(self, model: nn.Module, config: SerialLoraConfig) -> str:
+        model.requires_grad_(False)
+        return "head alone"
+
+    def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
+        return folder
+
+
+ADAPTERS: dict[str, Adapter] = {"serial": SerialLora(), "lora": PeftLora(), "full": EveryWeight(), "head": HeadAlone()}
 
 
 def lora_targets(model: nn.Module) -> list[str]:

@@ -16,12 +16,12 @@ import yaml
 
 from ..config import SerialLoraConfig
 from ..errors import SerialLoraError
-from .adapters import ADAPTERS
 from .objectives import DENSITIES
 from .optim import OPTIMIZERS
 from .precision import QUANTIZATIONS
 
 Group = Sequence[tuple[str, dict[str, Any]]]
+KINDS = ("serial", "lora", "full")  # of adapters, for a model without a head of its own
 
 
 def switch(help: str, default: bool = False) -> dict[str, Any]:
@@ -45,7 +45,7 @@ MODEL: Group = (
     ("compile", switch("Compile the transformer with torch.compile.")),
 )
 ADAPTER: Group = (
-    ("adapter", value(str, "serial", "What to train: Serial LoRA, PEFT's LoRA or every weight.", choices=ADAPTERS)),
+    ("adapter", value(str, "serial", "What to train: Serial LoRA, PEFT's LoRA or every weight.", choices=KINDS)),
     ("rank", value(int, 16, "Rank of the adapter.")),
     ("alpha", value(float, None, "Numerator of the scale alpha / rank; the rank itself by default.")),
     ("dropout", value(float, 0.0, "Dropout on the adapter's input.")),

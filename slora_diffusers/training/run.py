@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..errors import SerialLoraError
 from . import checkpoint
 from .adapters import ADAPTERS
 from .batches import Batch
@@ -66,11 +67,20 @@ class Run:
         # Trained in full, the base stays fp32 and autocast does the rest; a frozen one is held in the low precision.
         self.weight_dtype = torch.float32 if options.adapter == "full" else DTYPES[options.mixed_precision]
         self.adapter = ADAPTERS[options.adapter]
+        if self._deepspeed and (options.checkpointing_steps or options.resume_from_checkpoint):
+            raise SerialLoraError(
+                "DeepSpeed keeps the optimizer's state in its engine, so there are no checkpoints to resume from: "
+                "add --checkpointing_steps 0, or launch with DDP or FSDP2."
+            )
         self.start = 0
         if self.accelerator.is_main_process:
             save_options(options, self.output_dir / "config.yaml")
         if options.report_to:
             self.accelerator.init_trackers("slora", {k: str(v) for k, v in vars(options).items() if k != "hub_token"})
+
+    @property
+    def _deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
     def rows(self) -> int:
@@ -89,18 +99,25 @@ class Run:
 
         Args:
             models: The models that train, by the name of the pipeline's component.
-            learning_rates: Learning rates other than --learning_rate, by the same names.
+            learning_rates: Learning rates other than --learning_rate, by the same names or, for a part of a model,
+                by "<name>.<part>"; LoRA+ leaves parts alone.
 
         Returns:
             The prepared models, to call in the forward pass.
         """
         options = self.options
         self.models = dict(models)
-        groups = []
+        rates, groups = {**dict.fromkeys(models, options.learning_rate), **(learning_rates or {})}, []
         for name, model in models.items():
             check_trainables_fp32(trainable([model]))
-            lr: float = (learning_rates or {}).get(name, options.learning_rate)
-            groups += parameter_groups(trainable([model]), lr, options.lora_plus_ratio)
+            parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+            for key, parameter in trainable([model]):
+                path = f"{name}.{key.partition('.')[2]}"
+                part = max((prefix for prefix in rates if path.startswith(f"{prefix}.")), key=len)
+                parts.setdefault(part, []).append((key, parameter))
+            for part, named in parts.items():
+                ratio = options.lora_plus_ratio if part == name else 1.0
+                groups += parameter_groups(named, rates[part], ratio)
         betas = (options.adam_beta1, options.adam_beta2)
         optimizer = make_optimizer(options.optimizer, groups, betas, options.adam_weight_decay, options.adam_epsilon)
         if options.compile:
@@ -146,11 +163,11 @@ class Run:
                 )
                 self.log({"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}, step.number)
                 every = options.checkpointing_steps
-                if step.interrupted or (every and step.number % every == 0):
+                if (step.interrupted and not self._deepspeed) or (every and step.number % every == 0):
                     self.save_checkpoint()
                 yield step
                 if step.interrupted:
-                    logger.warning("interrupted: step %d is saved; resume with latest", step.number)
+                    logger.warning("interrupted after step %d", step.number)
 
     def validates_at(self, number: int) -> bool:
         """Whether step `number` (0 is the untrained adapter) is one to validate at."""
