@@ -53,9 +53,9 @@ def serial_lora_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator
             batch is no multiple of the names, or an attention folds other axes into it.
     """
     registry = registry_of(model)
-    check_known(registry, [name for name in names if name is not None])
-    check_not_fused(registry, "serve a batch of adapters")
     if isinstance(names, str) or not len(names):
         raise AdapterStateError(f"serial_lora_batch takes a list with one adapter name per sample; got {names!r}.")
+    check_known(registry, [name for name in names if name is not None])
+    check_not_fused(registry, "serve a batch of adapters")
     with registry.call.changed(samples=tuple(names), stacks={}):
         yield

@@ -128,6 +128,11 @@ def check_plain(slot: Slot, projection: Projection, what: str) -> None:
             f"Cannot {what}: the weight {name} is offloaded, not in memory. Take the hooks off first "
             "(pipe.remove_all_hooks(), or accelerate's remove_hook_from_module(model, recurse=True))."
         )
+    if hasattr(projection.owner, "base_layer") and not getattr(projection.owner, "merged", False):
+        raise AdapterStateError(
+            f"Cannot {what}: {name} carries a LoRA of PEFT, which reads x~ while the serial adapter is live and would "
+            "read x afterwards. Fuse or unload that LoRA first (pipe.fuse_lora(), pipe.unload_lora_weights())."
+        )
     if not is_plain(W):
         raise AdapterStateError(
             f"Cannot {what}: the weight {name} is stored as {type(W).__name__} of {W.dtype}, not as an ordinary "

@@ -112,7 +112,8 @@ class SerialLoraPair(nn.Module):
         """The active adapters stacked, moved and cast, remembered until one of them changes."""
         matrices = [matrix for name in self.gains for matrix in self.matrices(name)]
         versions = (0 if matrix.is_inference() else matrix._version for matrix in matrices)
-        key = (device, dtype, *versions, *(matrix.data_ptr() for matrix in matrices))
+        # Not what inference_mode left: autograd refuses to go through it.
+        key = (device, dtype, torch.is_inference_mode_enabled(), *versions, *(matrix.data_ptr() for matrix in matrices))
         if self._merged is None or self._merged[0] != key:
             with torch.no_grad():
                 A, B = self.stack(self.gains)

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import slora_diffusers as sl
 from slora_diffusers.processors import SerialLoraAttnProcessor
@@ -243,6 +245,26 @@ def test_a_weight_that_is_not_an_ordinary_matrix_is_refused_by_name():
     with pytest.raises(sl.AdapterStateError, match=message):
         sl.fuse_serial_lora(model)
     assert same_bits(base_state(model), before) and pair_hooks(model)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_lora_of_peft_on_the_same_weights_is_not_fused_wrongly(merged):
+    """Live, it reads x~; beside fused weights it would read x. Merged into the base, it is part of the base."""
+    tiny = TINY["SD3Transformer2DModel"]
+    model = tiny.build()
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False), model)
+    if merged:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+    add_random_adapter(model)
+    live = output_of(model, tiny)
+    if merged:
+        sl.fuse_serial_lora(model)
+    else:
+        with pytest.raises(sl.AdapterStateError, match=r"transformer_blocks.0.attn.to_q carries a LoRA of PEFT"):
+            sl.fuse_serial_lora(model)
+    assert torch.allclose(output_of(model, tiny), live, atol=1e-4)
 
 
 def test_an_adapter_that_is_saved_while_fused_names_the_base_not_the_fused_weights(tmp_path):

@@ -219,6 +219,17 @@ def test_a_changed_parameter_is_seen_by_the_next_call(ranks, change, trainable):
     assert (got - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_gradients_flow_through_a_frozen_adapter_that_inference_mode_used_before():
+    pair, x = pair_with((4,), trainable=False), torch.randn(7, D).bfloat16()
+    with torch.inference_mode():
+        pair(x)
+    x.requires_grad_(True)
+    pair(x).float().sum().backward()
+    A, B = (matrix.double() for matrix in pair.matrices("a0"))
+    wanted = torch.ones(7, D).double() @ (torch.eye(D).double() + 1.5 * B @ A)
+    assert (x.grad.double() - wanted).norm() < 0.02 * wanted.norm()
+
+
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_parameters_and_gradients_stay_fp32_in_training(base, autocast):
