@@ -175,11 +175,12 @@ def main() -> None:
 
     images, labels = glyph_images(FACES[args.faces], variations=args.variations, seed=args.seed)
     print(f"{len(images)} glyphs of {len(FACES[args.faces])} faces", flush=True)
+    vae, transformer = build_vae(), build_transformer()
     if args.initial is not None:
-        pipe = DiTPipeline.from_pretrained(args.initial, torch_dtype=torch.float32)
-        vae, transformer = pipe.vae, pipe.transformer.eval()
+        earlier = DiTPipeline.from_pretrained(args.initial, torch_dtype=torch.float32)
+        vae.load_state_dict(earlier.vae.state_dict())
+        transformer.load_state_dict(earlier.transformer.state_dict())
     else:
-        vae, transformer = build_vae(), build_transformer()
         train_vae(vae, images, args.vae_steps, args.seed)
     vae.eval().requires_grad_(False)
     with torch.no_grad():

@@ -25,7 +25,7 @@ from .metrics import best_iou, nearest_glyph
 
 BASE = Path(__file__).parent / "base"
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
-GUIDANCE = 2.0
+GUIDANCE = 2.5
 INFERENCE_STEPS = 20
 
 
