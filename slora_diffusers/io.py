@@ -28,6 +28,7 @@ from .files import (
 )
 from .fingerprint import fingerprint, same_base
 from .fuse import base_weights
+from .hub import check_publishing, publish
 from .inject import add_loaded
 from .registry import Registry, check_known, check_new_name, pairs_of, registry_of
 from .sites import Slot, find_slots, is_chosen, unwrap
@@ -189,6 +190,8 @@ def save_serial_lora(
     weight_name: str = WEIGHT_NAME,
     dtype: torch.dtype | None = None,
     is_main_process: bool = True,
+    push_to_hub: bool | str = False,
+    **hub: Any,
 ) -> Path:
     """Write one adapter to `save_directory/weight_name`, atomically.
 
@@ -199,6 +202,9 @@ def save_serial_lora(
         weight_name: Name of the file.
         dtype: Dtype to store; `None` keeps the adapter's own.
         is_main_process: Whether this process writes; all of them must call (sharded parameters are gathered).
+        push_to_hub: Hub id to upload it to, with a model card; `True` takes the folder's name.
+        **hub: `base_model`, `prompt`, `tags`, `private`, `token`, `revision`, `create_pr`, `commit_message`; see
+            `slora_diffusers.hub.publish`.
 
     Returns:
         The file's path.
@@ -207,7 +213,12 @@ def save_serial_lora(
         AdapterStateError: If the adapter is unknown, or it is not clear which one is meant.
         AdapterFileError: If a weight is not finite; an earlier file of that name is left as it was.
     """
-    return write_state(serial_lora_state_dict(model, adapter_name), save_directory, weight_name, dtype, is_main_process)
+    check_publishing(push_to_hub, hub)
+    state = serial_lora_state_dict(model, adapter_name)
+    path = write_state(state, save_directory, weight_name, dtype, is_main_process)
+    if push_to_hub and is_main_process:
+        publish(path, push_to_hub, **hub)
+    return path
 
 
 def write_state(

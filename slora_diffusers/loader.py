@@ -16,6 +16,7 @@ from .config import SerialLoraConfig
 from .convert import ExportReport, export_lora
 from .errors import AdapterFileError, AdapterStateError
 from .files import WEIGHT_NAME, AdapterTensors, check_hub_arguments, read_adapter
+from .hub import check_publishing, publish
 from .registry import Weights, check_active, names_with_weights, registry_of
 from .sites import unwrap
 from .status import SerialLoraStatus, serial_lora_status
@@ -69,8 +70,11 @@ class SerialLoraLoaderMixin:
         weight_name: str = WEIGHT_NAME,
         dtype: torch.dtype | None = None,
         is_main_process: bool = True,
+        push_to_hub: bool | str = False,
+        **hub: Any,
     ) -> Path:
         """Write one adapter, of all the components that have it, to one file; see `save_serial_lora` of a model."""
+        check_publishing(push_to_hub, hub)
         adapted = _adapted(self)
         name = adapter_name or _the_adapter(adapted)
         parts = {
@@ -83,7 +87,10 @@ class SerialLoraLoaderMixin:
         tensors = {key: tensor for part in parts.values() for key, tensor in part.items()}
         headers = {component: part.metadata["components"][component] for component, part in parts.items()}
         state = AdapterTensors(tensors, io.new_header(headers))
-        return io.write_state(state, save_directory, weight_name, dtype, is_main_process)
+        path = io.write_state(state, save_directory, weight_name, dtype, is_main_process)
+        if push_to_hub and is_main_process:
+            publish(path, push_to_hub, **hub)
+        return path
 
     def set_serial_lora(
         self, adapter_names: str | Sequence[str], weights: Weights | Sequence[Weights] | None = None
