@@ -32,8 +32,8 @@ from slora_diffusers.training.few_shot import k_shot
 from slora_diffusers.training.randomness import generator
 from slora_diffusers.vision import IGNORE_INDEX, SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
 
-RATES = (1e-3, 3e-3, 1e-2)
-FULL_RATES = (1e-5, 3e-5, 1e-4)
+RATES = (1e-3, 3e-3, 6e-3, 1e-2)
+FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 HEAD_RATE = 3e-3  # of the new head beside an adapter
 OUTPUT = ("hidden_states", "attention_output")
 

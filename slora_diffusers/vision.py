@@ -59,6 +59,14 @@ class _SerialLoraWithHead(nn.Module):
         """Number of classes."""
         return len(self.label_names)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the backbone's activations in the backward pass, to save memory."""
+        if hasattr(self.backbone, "set_grad_checkpointing"):  # timm
+            self.backbone.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+        else:
+            settings = {"use_reentrant": False}  # the reentrant kind needs an input that trains
+            self.backbone.gradient_checkpointing_enable(settings)  # pyright: ignore[reportCallIssue]
+
     def fuse(self) -> nn.Module:
         """Merge the adapter into the backbone for good, `W' = W (I + sBA)`; the model is plain PyTorch from here on.
 

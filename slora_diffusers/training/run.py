@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -225,8 +226,10 @@ class Run:
             images.save(folder / f"{name}-{step:06d}.png")
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
-                    values = _as_arrays(images) if tracker.name == "tensorboard" else [images]
-                    tracker.log_images({name: values}, step=step)
+                    if tracker.name == "tensorboard":
+                        tracker.log_images({name: np.asarray(images)[None]}, step=step, dataformats="NHWC")
+                    else:
+                        tracker.log_images({name: [images]}, step=step)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this step; every process calls."""
@@ -287,9 +290,3 @@ class Run:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str | bool | list | None) else str(value)
-
-
-def _as_arrays(image: Image.Image) -> Any:
-    import numpy as np
-
-    return np.asarray(image)[None]

@@ -1,0 +1,207 @@
+"""The vision recipes from their command line: what they learn, save, resume and refuse."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.files import WEIGHT_NAME
+from slora_diffusers.training.checkpoint import STATE_NAME
+from slora_diffusers.vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
+from tests.tiny_vision import SIZE, VISION
+from train_scripts import train_vit_classification, train_vit_segmentation
+
+QUIET = ["--validation_steps", "0", "--checkpointing_steps", "0", "--rank", "4", "--train_batch_size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    VISION["Dinov2Model"].build().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory):
+    """Horizontal and vertical stripes in noise: the mean colour tells nothing."""
+    folder, r = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
+    for index in range(24):
+        pattern = np.zeros((SIZE, SIZE, 3), np.int64)
+        pattern[index % 4 :: 4] = 180
+        image = pattern if index % 2 else pattern.transpose(1, 0, 2)
+        place = folder / ("across" if index % 2 else "down")
+        place.mkdir(exist_ok=True)
+        noisy = np.clip(image + r.integers(0, 60, image.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(place / f"{index:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A bright square on a dark ground, and its mask; and the label map."""
+    folder, r = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (folder / part).mkdir()
+    for index in range(12):
+        y, x = r.integers(0, 3, 2) * 4
+        mask = np.zeros((2 * SIZE, 2 * SIZE), np.uint8)
+        mask[2 * y : 2 * y + 16, 2 * x : 2 * x + 16] = 200
+        image = np.clip(mask[..., None].astype(int) + r.integers(0, 50, (2 * SIZE, 2 * SIZE, 3)), 0, 255)
+        Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"{index}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{index}.png")
+    (folder / "labels.json").write_text(json.dumps({"ground": 0, "square": 200}))
+    return folder
+
+
+def classify(base, stripes, out, *flags):
+    argv = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(stripes), "--output_dir", str(out)]
+    return train_vit_classification.main([*argv, *QUIET, *flags])
+
+
+def segment(base, scenes, out, *flags):
+    argv = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(scenes), "--output_dir", str(out)]
+    data = ["--validation_data_dir", str(scenes), "--label_map", str(scenes / "labels.json")]
+    return train_vit_segmentation.main([*argv, *data, *QUIET, *flags])
+
+
+def losses(out) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_classifier_learns_and_its_file_gives_the_same_scores(base, stripes, tmp_path):
+    flags = ["--max_train_steps", "80", "--validation_steps", "80", "--learning_rate", "6e-3", "--pooling", "both"]
+    scores = classify(base, stripes, tmp_path, *flags, "--smallest_crop", "1", "--validation_data_dir", str(stripes))
+    assert scores["top1"] > 85
+    model = SerialLoraForImageClassification.from_pretrained(tmp_path)
+    assert model.label_names == ("across", "down")
+    images = sorted(stripes.glob("*/*.png"))
+    pixels = torch.stack([model.preprocessing(Image.open(path)) for path in images])
+    predicted = [model.label_names[i] for i in model(pixels).logits.argmax(1).tolist()]
+    assert np.mean([name == path.parent.name for name, path in zip(predicted, images, strict=True)]) > 0.85
+    report = json.loads((tmp_path / "confusion.json").read_text())
+    correct = sum(report["confusion"][i][i] for i in range(2))
+    assert 100 * correct / sum(map(sum, report["confusion"])) == pytest.approx(scores["top1"], abs=1e-3)
+
+
+@pytest.mark.parametrize("adapter", ["serial", "lora", "full", "head"])
+def test_every_adapter_trains_what_it_says_from_the_same_first_loss(adapter, base, stripes, tmp_path):
+    classify(base, stripes, tmp_path, "--max_train_steps", "3", "--adapter", adapter)
+    first = losses(tmp_path)[0]
+    assert first == pytest.approx(np.log(2), abs=1e-4)  # the new head knows nothing, whatever the adapter
+    names = {"lora": "head.safetensors"}.get(adapter, WEIGHT_NAME)
+    keys = load_file(tmp_path / names)
+    assert {"head.weight", "head.bias"} <= set(keys)
+    assert any(".serial_lora." in key for key in keys) == (adapter == "serial")
+    assert (tmp_path / "pytorch_lora_weights.safetensors").exists() == (adapter == "lora")
+    assert (tmp_path / "model" / "config.json").exists() == (adapter == "full")
+
+
+def test_adapters_see_the_same_images_in_the_same_order(base, stripes, tmp_path, monkeypatch):
+    seen = {}
+    for adapter in ("serial", "lora"):
+        names = seen[adapter] = []
+        original = train_vit_classification.Fetch.__call__
+
+        def spy(self, item, shape, draw, names=names, original=original):
+            pixels = original(self, item, shape, draw)
+            names.append((item.name, pixels.sum().item()))
+            return pixels
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_vit_classification.Fetch, "__call__", spy)
+            classify(base, stripes, tmp_path / adapter, "--max_train_steps", "3", "--adapter", adapter, "--shots", "5")
+    assert seen["serial"] == seen["lora"]
+    assert len({name for name, _ in seen["serial"]}) == 10
+
+
+def test_fully_trained_model_opens_with_its_own_backbone(base, stripes, tmp_path):
+    classify(base, stripes, tmp_path, "--max_train_steps", "2", "--adapter", "full")
+    model = SerialLoraForImageClassification.from_pretrained(tmp_path)
+    untouched = VISION["Dinov2Model"].build()
+    assert not torch.equal(model.backbone.encoder.layer[0].mlp.fc1.weight, untouched.encoder.layer[0].mlp.fc1.weight)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(base, stripes, tmp_path):
+    flags = ["--max_train_steps", "6", "--checkpointing_steps", "3", "--dropout", "0.1", "--random_flip"]
+    classify(base, stripes, tmp_path / "whole", *flags)
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "resumed" / "checkpoint-3")
+    assert (tmp_path / "resumed" / "checkpoint-3" / STATE_NAME).is_file()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    classify(base, stripes, tmp_path / "resumed", *flags, "--resume_from_checkpoint", "latest")
+    whole, resumed = (load_file(tmp_path / run / WEIGHT_NAME) for run in ("whole", "resumed"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[3:]
+
+
+def test_head_has_its_own_learning_rate(base, stripes, tmp_path):
+    flags = ["--max_train_steps", "1", "--learning_rate", "1e-9", "--lr_scheduler", "constant"]
+    classify(base, stripes, tmp_path, *flags, "--head_learning_rate", "0.1", "--adam_weight_decay", "0")
+    saved = load_file(tmp_path / WEIGHT_NAME)
+    assert saved["head.weight"].abs().max() == pytest.approx(0.1, rel=1e-2)  # Adam's first step is the rate itself
+    assert all(saved[key].abs().max() < 1e-8 for key in saved if key.endswith("lora_B.weight"))
+
+
+def test_early_stopping_ends_and_keeps_the_best(base, stripes, tmp_path):
+    flags = ["--max_train_steps", "30", "--validation_steps", "1", "--learning_rate", "1e-12"]
+    classify(base, stripes, tmp_path, *flags, "--early_stopping", "2")
+    assert len(losses(tmp_path)) <= 3 + 1  # the score never gets better than the first one
+
+
+def test_segmentation_learns_at_the_original_resolution(base, scenes, tmp_path):
+    flags = ["--max_train_steps", "40", "--validation_steps", "40", "--learning_rate", "1e-2", "--dice_weight", "1"]
+    scores = segment(base, scenes, tmp_path, *flags, "--balance_classes", "--smallest_crop", "1")
+    assert scores["miou"] > 75
+    assert scores["miou"] == pytest.approx((scores["iou/ground"] + scores["iou/square"]) / 2, abs=1e-3)
+    model = SerialLoraForSemanticSegmentation.from_pretrained(tmp_path)
+    assert model.label_names == ("ground", "square")
+
+
+def test_convolutional_head_trains_with_every_option(base, scenes, tmp_path):
+    flags = ["--max_train_steps", "2", "--head", "convolutional", "--head_layers", "0", "1", "--head_width", "8"]
+    segment(base, scenes, tmp_path, *flags, "--gradient_checkpointing", "--random_flip", "--use_ema")
+    assert "head.levels.1.1.weight" in load_file(tmp_path / WEIGHT_NAME)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shots", "11"], "these classes have fewer"),
+        (["--resolution", "18"], "multiple of 4"),
+        (["--smallest_crop", "0"], "smallest_crop"),
+        (["--early_stopping", "2"], "validation_steps"),
+        (["--inputs", "latents"], "latents"),
+        (["--dataset_name", "somewhere"], "give one of"),
+    ],
+)
+def test_bad_options_are_refused_before_a_step(flags, message, base, stripes, tmp_path):
+    with pytest.raises(SerialLoraError, match=message):
+        classify(base, stripes, tmp_path, *flags)
+    assert not (tmp_path / WEIGHT_NAME).exists()
+
+
+def test_data_set_of_the_datasets_library(base, stripes, tmp_path):
+    import datasets
+
+    paths = sorted(stripes.glob("*/*.png"))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["across", "down"])})
+    rows = {"image": [str(p) for p in paths], "label": [p.parent.name for p in paths]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "rows")
+    argv = ["--pretrained_model_name_or_path", str(base), "--dataset_name", str(tmp_path / "rows"), *QUIET]
+    train_vit_classification.main([*argv, "--max_train_steps", "1", "--output_dir", str(tmp_path / "out")])
+    assert SerialLoraForImageClassification.from_pretrained(tmp_path / "out").label_names == ("across", "down")

@@ -1,0 +1,195 @@
+"""Scores, masks, few shots and augmentation of the vision recipes, against scikit-learn and torchmetrics."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics.functional as tmf
+from PIL import Image
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+from sklearn.metrics import jaccard_score
+
+from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.preprocessing import Preprocessing
+from slora_diffusers.training.data import Item
+from slora_diffusers.training.few_shot import k_shot
+from slora_diffusers.training.labelled import Fetch, hold_out, image_folder, random_box
+from slora_diffusers.training.masks import class_names, mask_folder, read_label_map, read_mask
+from slora_diffusers.training.randomness import generator
+from slora_diffusers.training.scores import (
+    Overlap,
+    class_weights,
+    confusion_matrix,
+    segmentation_loss,
+    top_k_accuracy,
+)
+
+LABELS = {"background": 0, "cat": 7, "dog": 9, "ignore": 255}
+
+
+def maps(classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    r = torch.Generator().manual_seed(seed)
+    return torch.randint(classes, (3, 9, 7), generator=r), torch.randint(classes, (3, 9, 7), generator=r)
+
+
+def test_confusion_matrix_is_scikit_learns():
+    predicted, truth = maps()
+    expected = sklearn_confusion(truth.flatten(), predicted.flatten())
+    assert confusion_matrix(predicted, truth, 4).tolist() == expected.tolist()
+
+
+def test_overlap_is_scikit_learns_and_ignores_255():
+    predicted, truth = maps()
+    truth[0] = 255
+    overlap = Overlap.of(confusion_matrix(predicted, truth, 4))
+    kept = (truth[1:].flatten(), predicted[1:].flatten())
+    np.testing.assert_allclose(overlap.iou.numpy(), jaccard_score(*kept, average=None))
+    np.testing.assert_allclose(overlap.dice.numpy(), 2 * overlap.iou.numpy() / (1 + overlap.iou.numpy()))
+
+
+@pytest.mark.parametrize("absent", ["in neither", "predicted only", "true only"])
+def test_absent_classes_count_as_in_torchmetrics(absent: str):
+    predicted, truth = maps(3)
+    if absent == "predicted only":
+        predicted[0, 0, 0] = 3
+    if absent == "true only":
+        truth[0, 0, 0] = 3
+    expected = tmf.jaccard_index(predicted, truth, task="multiclass", num_classes=4)
+    overlap = Overlap.of(confusion_matrix(predicted, truth, 4))
+    assert overlap.means()["miou"] == pytest.approx(100 * expected.item(), rel=1e-5)
+    assert bool(overlap.iou[3].isnan()) == (absent == "in neither")
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_top_k_accuracy_is_torchmetrics(k: int):
+    logits, labels = torch.randn(40, 8), torch.randint(8, (40,))
+    expected = tmf.accuracy(logits, labels, task="multiclass", num_classes=8, top_k=k, average="micro")
+    assert top_k_accuracy(logits, labels, k) == pytest.approx(100 * expected.item())
+    assert top_k_accuracy(logits[:, :3], labels.clamp_max(2), 5) == 100
+
+
+def test_dice_loss_equals_the_formula_over_classes_that_are_there():
+    logits, labels = torch.randn(2, 4, 5, 5), torch.randint(3, (2, 5, 5))  # class 3 is not there
+    labels[0, 0] = 255
+    p, counted = logits.softmax(1), labels != 255
+    terms = [1 - 2 * p[:, c][labels == c].sum() / (p[:, c][counted].sum() + (labels == c).sum()) for c in range(3)]
+    weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    expected = F.cross_entropy(logits, labels, weights, ignore_index=255) + 0.7 * torch.stack(terms).mean()
+    torch.testing.assert_close(segmentation_loss(logits, labels, weights, 0.7), expected)
+    torch.testing.assert_close(segmentation_loss(logits, labels), F.cross_entropy(logits, labels, ignore_index=255))
+
+
+def test_class_weights_are_inverse_to_counts():
+    weights = class_weights(torch.tensor([300.0, 100.0, 0.0]))
+    torch.testing.assert_close(weights, torch.tensor([0.5, 1.5, 0.0]))
+
+
+def test_shots_are_the_same_for_the_same_seed_and_grow():
+    labels = [i % 3 for i in range(60)]
+    four = k_shot(labels, 4, seed=1)
+    assert sorted(labels[i] for i in four) == [0] * 4 + [1] * 4 + [2] * 4
+    assert four == k_shot(labels, 4, seed=1)
+    assert four != k_shot(labels, 4, seed=2)
+    assert set(four) < set(k_shot(labels, 8, seed=1))
+    assert k_shot(labels, 0, seed=1) == list(range(60))
+    with pytest.raises(SerialLoraError, match="these classes have fewer"):
+        k_shot(labels, 21, seed=1)
+
+
+def items(count: int, classes: int = 2) -> list[Item]:
+    return [Item(f"{i}", lambda: Image.new("RGB", (8, 8)), (8, 8), "", i % classes) for i in range(count)]
+
+
+def test_hold_out_splits_every_class_and_loses_nothing():
+    trained, held = hold_out(items(20), 0.3, seed=0)
+    assert [item.label for item in held].count(0) == [item.label for item in held].count(1) == 3
+    assert {item.name for item in trained} | {item.name for item in held} == {str(i) for i in range(20)}
+    assert len(trained) + len(held) == 20
+    with pytest.raises(SerialLoraError, match="one image"):
+        hold_out(items(2), 0.5, seed=0)
+    with pytest.raises(SerialLoraError, match="between 0 and 1"):
+        hold_out(items(9), 1.5, seed=0)
+
+
+def test_image_folder_names_classes_in_order(tmp_path):
+    for name in ("dog", "cat"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 6)).save(tmp_path / name / "a.png")
+    found, names = image_folder(tmp_path)
+    assert names == ["cat", "dog"]
+    assert [(item.name, item.label) for item in found] == [("cat/a.png", 0), ("dog/a.png", 1)]
+    (tmp_path / "cow").mkdir()
+    with pytest.raises(SerialLoraError, match="no class is called cow"):
+        image_folder(tmp_path, names)
+
+
+def test_random_boxes_lie_inside_and_keep_their_share():
+    for i in range(200):
+        left, top, right, bottom = random_box((50, 30), 0.4, generator(0, i))
+        assert 0 <= left < right <= 50
+        assert 0 <= top < bottom <= 30
+        assert (right - left) * (bottom - top) > 0.3 * 50 * 30  # cut sides and rounding take a little off 0.4
+    assert random_box((50, 30), 1.0, generator(0, 1)) == (0, 0, 50, 30)
+
+
+def test_image_and_mask_are_cut_and_mirrored_alike():
+    values = np.random.default_rng(0).integers(0, 3, (16, 16)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
+    image = Image.fromarray((values * 100).astype(np.uint8)).convert("RGB")
+    item = Item("a", image.copy, (64, 64))
+    prepare = Preprocessing((64, 64), (0.0,) * 3, (1.0,) * 3)
+    fetch = Fetch(prepare, 0.3, True, {"a": lambda: values})
+    agreement = []
+    for i in range(20):
+        x = fetch(item, (64, 64), generator(0, i))
+        agreement.append(((x[0] * 255 / 100).round() == x[3]).float().mean().item())
+    assert min(agreement) > 0.75  # what interpolation blurs at the edges differs
+    assert torch.equal(fetch(item, (64, 64), generator(0, 1)), fetch(item, (64, 64), generator(0, 1)))
+
+
+def test_masks_of_values_palettes_and_colours_mean_the_same(tmp_path):
+    values = np.array([[0, 7, 9], [255, 9, 0]], np.uint8)
+    expected = np.array([[0, 1, 2], [255, 2, 0]])
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    palette = Image.fromarray(values).convert("P")
+    palette.putdata(values.flatten().tolist())
+    palette.save(tmp_path / "palette.png")
+    colours = {0: (0, 0, 0), 7: (255, 0, 0), 9: (0, 9, 200), 255: (255, 255, 255)}
+    Image.fromarray(np.array([[colours[v] for v in row] for row in values.tolist()], np.uint8)).save(
+        tmp_path / "rgb.png"
+    )
+    named = {name: list(colours[value]) for name, value in LABELS.items()}
+    assert (read_mask(tmp_path / "grey.png", LABELS) == expected).all()
+    assert (read_mask(tmp_path / "palette.png", LABELS) == expected).all()
+    assert (read_mask(tmp_path / "rgb.png", named) == expected).all()
+    with pytest.raises(SerialLoraError, match="values 9"):
+        read_mask(tmp_path / "grey.png", {"background": 0, "cat": 7, "ignore": 255})
+
+
+def test_mask_folder_refuses_what_does_not_match(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    Image.new("RGB", (8, 6)).save(tmp_path / "images" / "a.jpg")
+    with pytest.raises(SerialLoraError, match=r"no mask for a\.jpg"):
+        mask_folder(tmp_path, LABELS)
+    Image.new("L", (6, 8)).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(SerialLoraError, match=r"\(8, 6\) pixels"):
+        mask_folder(tmp_path, LABELS)
+    Image.new("L", (8, 6), 7).save(tmp_path / "masks" / "a.png")
+    found, readers = mask_folder(tmp_path, LABELS)
+    assert (readers[found[0].name]() == 1).all()
+
+
+@pytest.mark.parametrize("text", ['{"a": 0}', '{"a": 0, "b": 0}', '["a", "b"]', "{", '{"a": 0, "b": "red"}'])
+def test_bad_label_maps_are_refused(text: str, tmp_path):
+    (tmp_path / "labels.json").write_text(text)
+    with pytest.raises(SerialLoraError, match="label_map"):
+        read_label_map(tmp_path / "labels.json")
+
+
+def test_label_map_keeps_the_order_of_classes(tmp_path):
+    (tmp_path / "labels.json").write_text(json.dumps(LABELS))
+    assert class_names(read_label_map(tmp_path / "labels.json")) == ["background", "cat", "dog"]
