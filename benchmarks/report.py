@@ -1,0 +1,179 @@
+"""The tables of the documentation, from `benchmarks/results/*.json`; `python -m docs.build_tables` puts them in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = {"base": "Base", "serial": "Serial LoRA", "serial_fused": "fused", "peft": "PEFT's LoRA"}
+
+
+def step_table(folder: Path = RESULTS) -> str:
+    """Forward and train step over the base's, and the bytes and operations beside them."""
+    results = _read("step", folder)
+    rows = [
+        (
+            model,
+            f"{'train step' if what == 'train' else what}, {precision}",
+            _milliseconds(measured[what]["base"]),
+            *(_ratio(measured[what].get(name), "over_base") for name in ("serial", "serial_fused", "peft")),
+            f"{measured[what]['serial']['over_peft']['median']:.3f}",
+        )
+        for model, case in results["cases"].items()
+        for precision, measured in case["precisions"].items()
+        for what in ("forward", "train")
+        if what in measured
+    ]
+    heading = ("", "", "Base", "Serial LoRA / base", "fused / base", "PEFT's LoRA / base", "Serial / PEFT")
+    parts = (_step_caption(results), _table(heading, rows, left=2), _cost_table(results))
+    return "\n\n".join(parts)
+
+
+def profile_table(folder: Path = RESULTS) -> str:
+    """Milliseconds of a train step by operation."""
+    tables = []
+    for model, case in _read("step", folder)["cases"].items():
+        for precision, measured in case["precisions"].items():
+            if profile := measured.get("train_profile"):
+                rows = [
+                    (f"`{operation}`" if operation != "other" else "all other", *(f"{t * 1e3:.0f}" for t in times))
+                    for operation in profile["base"]
+                    for times in [[profile[name][operation] for name in profile]]
+                ]
+                heading = (f"{model}, {precision}: ms", *(NAMES[name] for name in profile))
+                tables.append(_table(heading, rows))
+    return "\n\n".join(tables)
+
+
+def targets_table(folder: Path = RESULTS) -> str:
+    """What was aimed at, and what was measured."""
+    cases = _read("step", folder)["cases"]
+    rows = [(aim, *(say(case["precisions"]) for case in cases.values())) for aim, say in _TARGETS.items()]
+    return _table(("Target", *cases), rows)
+
+
+def lifecycle_table(folder: Path = RESULTS) -> str:
+    """Seconds of every verb beside diffusers' own LoRA."""
+    results = _read("lifecycle", folder)
+    rows = [
+        (verb, *(_milliseconds(taken[name]) for name in ("serial", "lora")), _ratio(taken["serial"], "over_lora"))
+        for verb, taken in results["verbs"].items()
+    ]
+    sizes = results["file_bytes"]
+    rows.append(
+        ("file, bf16", *(_megabytes(sizes[n]) for n in ("serial", "lora")), f"{sizes['serial'] / sizes['lora']:.2f}")
+    )
+    settings = results["settings"]
+    caption = (
+        f"{settings['parameters'] / 1e9:.2f} billion weights in bf16, {settings['layers']} blocks, adapters of rank "
+        f"{settings['rank']}; {_conditions(results)}"
+    )
+    return f"{caption}\n\n{_table(('', 'Serial LoRA', 'diffusers LoRA', 'Ratio'), rows)}"
+
+
+def _step_caption(results: dict[str, Any]) -> str:
+    blocks = ", ".join(
+        f"{case['size']['blocks']} blocks of {model} (width {case['size']['width']}, "
+        f"{' + '.join(map(str, case['size']['tokens']))} tokens)"
+        for model, case in results["cases"].items()
+    )
+    return f"{blocks}; rank {results['settings']['rank']}, batch 1; {_conditions(results)}"
+
+
+def _conditions(results: dict[str, Any]) -> str:
+    settings, machine = results["settings"], results["machine"]
+    clock = "" if settings["clock"] == "wall" else " of CPU time"
+    threads = f"{machine['threads']} thread" + ("s" if machine["threads"] > 1 else "")
+    return (
+        f"medians{clock} over {settings['rounds']} rounds in turns (quartiles), {threads} of an {machine['processor']} "
+        f"({machine['isa']}), torch {machine['torch']}, diffusers {machine['diffusers']}, PEFT {machine['peft']}."
+    )
+
+
+def _cost_table(results: dict[str, Any]) -> str:
+    rows = []
+    for model, case in results["cases"].items():
+        measured = case["precisions"]["bf16 autocast"]
+        kept, adapter = measured["saved_bytes"], measured["adapter"]
+        attentions = case["size"]["blocks"]
+        rows += [
+            (model, "kept for the backward pass, beyond the base's", *_pair_of(kept, _megabytes, less=kept["base"])),
+            (model, "trained parameters", *_pair_of({n: a["parameters"] for n, a in adapter.items()}, "{:,}".format)),
+            (model, "optimizer state", *_pair_of({n: a["optimizer_bytes"] for n, a in adapter.items()}, _megabytes)),
+            (model, "file, fp32", *_pair_of({n: a["file_bytes"] for n, a in adapter.items()}, _megabytes)),
+        ]
+        for what, precision in (("forward", "bf16"), ("train", "bf16 autocast")):
+            counts = case["precisions"][precision][f"{what}_kernels"]
+            name = "forward" if what == "forward" else "forward and backward"
+            extra = {n: (counts[n] - counts["base"]) / attentions for n in ("serial", "peft")}
+            rows.append(
+                (model, f"operations per attention beyond the base's, {name}", *_pair_of(extra, "{:.0f}".format))
+            )
+    return _table(("", "", "Serial LoRA", "PEFT's LoRA", "Ratio"), rows, left=2)
+
+
+def _pair_of(values: dict[str, float], show: Any, less: float = 0) -> tuple[str, str, str]:
+    serial, peft = values["serial"] - less, values["peft"] - less
+    return show(serial), show(peft), f"{serial / peft:.2f}"
+
+
+def _train_over_peft(measured: dict[str, Any]) -> str:
+    train = measured["bf16 autocast"]["train"]
+    value, floor = train["serial"]["over_peft"]["median"], train["base"]["over_peft"]["median"]
+    return f"{_verdict(value <= 0.85)}: {value:.3f} (the base with no adapter: {floor:.3f})"
+
+
+def _overhead(measured: dict[str, Any]) -> str:
+    texts = []
+    for what, precision in (("forward", "bf16"), ("train", "bf16 autocast"), ("forward", "fp32"), ("train", "fp32")):
+        serial, peft = (measured[precision][what][n]["over_base"]["median"] for n in ("serial", "peft"))
+        met = serial <= 1.03 and serial - 1 <= (peft - 1) / 3
+        texts.append(f"{what}, {precision}: {_verdict(met)}, +{serial - 1:.1%} against +{peft - 1:.1%}")
+    return "<br>".join(texts)
+
+
+def _fused(measured: dict[str, Any]) -> str:
+    ratios = {p: m["forward"]["serial_fused"]["over_base"] for p, m in measured.items()}
+    return "<br>".join(
+        f"{p}: {_verdict(r['q1'] <= 1 <= r['q3'] or abs(r['median'] - 1) <= 0.01)}, {_spread(r)}"
+        for p, r in ratios.items()
+    )
+
+
+_TARGETS = {
+    "A train step in bf16 takes at most 0.85 of PEFT's": _train_over_peft,
+    "The live adapter's overhead is at most a third of PEFT's, and at most 3 %": _overhead,
+    "Fused, the base's speed within noise": _fused,
+}
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def _milliseconds(measured: dict[str, Any]) -> str:
+    return f"{measured['seconds']['median'] * 1e3:,.{0 if measured['seconds']['median'] > 0.1 else 1}f} ms"
+
+
+def _ratio(measured: dict[str, Any] | None, over: str) -> str:
+    return "" if measured is None else _spread(measured[over])
+
+
+def _spread(value: dict[str, float]) -> str:
+    return f"{value['median']:.3f} ({value['q1']:.3f}-{value['q3']:.3f})"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def _table(heading: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    rule = ["---"] * left + ["--:"] * (len(heading) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *rows))
+
+
+def _read(name: str, folder: Path) -> dict[str, Any]:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
