@@ -212,12 +212,12 @@ class SerialLoraPair(nn.Module):
 
 def new_matrices(rank: int, features: int, init: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Untrained fp32 A (r, d) and B (d, r) = 0, so that x~ = x exactly."""
-    A = torch.empty(rank, features, device=device)
+    A = torch.empty(rank, features, device=device, dtype=torch.float32)
     if init == "gaussian":
         nn.init.normal_(A, std=1 / math.sqrt(rank))
     else:
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    return A, torch.zeros(features, rank, device=device)
+    return A, torch.zeros(features, rank, device=device, dtype=torch.float32)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -82,6 +82,14 @@ def test_the_initial_A_has_the_documented_spread():
     assert gaussian.std().item() == pytest.approx(1 / 8, rel=0.02)
 
 
+def test_new_matrices_are_fp32_whatever_the_default_dtype_is():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert {matrix.dtype for matrix in new_matrices(2, D, "kaiming", "cpu")} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("weights", [{}, {"a0": 0.0}])
 def test_a_pair_without_effect_passes_its_input_through(weights):
     pair, x = pair_with((4,), weights), torch.randn(2, D)
