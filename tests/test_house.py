@@ -23,7 +23,7 @@ FLOORS = (
     ("config", "architectures", "features", "preprocessing"),
     ("layer", "sites"),
     ("processors", "registry", "files"),
-    ("inject", "contexts", "status"),
+    ("inject", "contexts", "status", "hub"),
     ("fuse",),
     ("io",),
     ("convert", "vision"),

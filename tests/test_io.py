@@ -57,6 +57,29 @@ def test_a_saved_adapter_gives_the_same_output_in_a_fresh_model(name, way, tmp_p
     assert not any(p.requires_grad for p in fresh.parameters())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": r".*\.attn2"},
+        {"exclude": [r".*\.attn2", r".*\.2\..*"]},
+        {"layers": 1},
+        {"inputs": "encoder_hidden_states"},
+        {"inputs": ("attention_output", "feed_forward", "encoder_feed_forward")},
+        {"rank_pattern": {r".*\.0\.attn\.serial_lora\.hidden_states": 2}, "alpha_pattern": {r".*\.attn2": 1.0}},
+        {"init": "gaussian", "dropout": 0.5},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_choice_of_sites_survives_the_file(settings, tmp_path):
+    tiny = TINY["SD3Transformer2DModel"]
+    model, state = trained("SD3Transformer2DModel", **settings)
+    fresh = tiny.build()
+    report = sl.load_serial_lora(fresh, sl.save_serial_lora(model, tmp_path))
+    assert torch.equal(output_of(fresh, tiny), output_of(model, tiny))
+    assert set(sl.serial_lora_state_dict(fresh)) == set(state) and report.pairs == len(state) // 2
+    assert sl.serial_lora_state_dict(fresh).metadata["components"] == state.metadata["components"]
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.25, -2.0, 0.0])
 def test_the_weight_is_the_one_in_the_equation(weight):
     tiny = TINY[DIT]
