@@ -1,0 +1,153 @@
+"""The pieces of a run: the average, the schedule, uploading, compiling, saving what each adapter trains."""
+
+import argparse
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.training import checkpoint, hub
+from slora_diffusers.training.checkpoint import STATE_NAME, find_checkpoint, read_checkpoint, write_checkpoint
+from slora_diffusers.training.run import Run
+from tests.tiny_pipelines import tiny_dit_pipeline
+from train_scripts import train_dit
+
+WEIGHTS = "serial_lora_weights.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_dit_pipeline("flow_prediction").save_pretrained(folder)
+    return folder
+
+
+def train(base, out, *flags):
+    argv = ["--pretrained_model_name_or_path", str(base), "--output_dir", str(out), "--glyphs", "script"]
+    argv += ["--glyph_variations", "1", "--train_batch_size", "2", "--rank", "4", "--learning_rate", "1e-2"]
+    return train_dit.main([*argv, "--validation_steps", "0", "--checkpointing_steps", "1", *flags])
+
+
+def test_the_saved_average_is_the_exponential_moving_average_of_the_steps(base, tmp_path):
+    path = train(base, tmp_path, "--max_train_steps", "5", "--use_ema", "--ema_decay", "0.6")
+    steps = [read_checkpoint(tmp_path / f"checkpoint-{n}")["trained"] for n in range(1, 6)]
+    saved = load_file(path)
+    for name in steps[0]:
+        site, _, matrix = name.removeprefix("0.").rpartition(".")
+        key = f"transformer.{site}.{matrix.removesuffix('_default')}.weight"
+        average = steps[0][name].double()
+        for number, step in enumerate(steps[1:], start=1):
+            decay = min(0.6, (1 + number) / (10 + number))  # diffusers' warm-up of the decay
+            average = decay * average + (1 - decay) * step[name].double()
+        torch.testing.assert_close(saved[key].double(), average, rtol=1e-5, atol=1e-7)
+
+
+def test_the_rate_warms_up_and_then_follows_the_cosine(base, tmp_path):
+    rates = []
+    log = Run.log
+
+    def watch(self, values, step):
+        rates.append(values.get("lr"))
+        return log(self, values, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "log", watch)
+        train(base, tmp_path, "--max_train_steps", "6", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2")
+    pi = torch.pi
+    expected = [0, 0.005] + [0.01 * 0.5 * (1 + torch.tensor(pi * n / 4).cos().item()) for n in range(4)]
+    assert rates == pytest.approx(expected, abs=1e-9)
+
+
+def test_full_fine_tuning_saves_a_transformer_that_stock_diffusers_loads(base, tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    train(base, tmp_path, "--max_train_steps", "2", "--adapter", "full", "--learning_rate", "1e-3")
+    tuned = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer").state_dict()
+    before = DiTTransformer2DModel.from_pretrained(base / "transformer").state_dict()
+    trained = read_checkpoint(tmp_path / "checkpoint-2")["trained"]
+    for name, weight in trained.items():
+        assert tuned[name.removeprefix("0.")].equal(weight)
+    assert any(not tuned[name].equal(before[name]) for name in tuned)
+
+
+def test_pefts_lora_is_saved_as_diffusers_reads_it(tmp_path):
+    from slora_diffusers import SerialLoraConfig
+    from slora_diffusers.training.adapters import ADAPTERS
+    from tests.tiny_pipelines import tiny_sd3_pipeline
+
+    pipe, fresh = tiny_sd3_pipeline(), tiny_sd3_pipeline()
+    ADAPTERS["lora"].attach(pipe.transformer, SerialLoraConfig(rank=4, alpha=8))
+    for name, parameter in pipe.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ADAPTERS["lora"].save({"transformer": pipe.transformer}, tmp_path)
+    fresh.load_lora_weights(tmp_path)
+    text = dict(encoder_hidden_states=torch.randn(1, 5, 32), pooled_projections=torch.randn(1, 32))
+    x, t = torch.randn(1, 4, 16, 16), torch.tensor([500.0])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fresh.transformer(x, timestep=t, **text).sample, pipe.transformer(x, timestep=t, **text).sample
+        )
+
+
+@pytest.mark.slow
+def test_a_compiled_transformer_trains_to_the_same_weights(base, tmp_path):
+    plain = load_file(train(base, tmp_path / "a", "--max_train_steps", "3"))
+    compiled = load_file(train(base, tmp_path / "b", "--max_train_steps", "3", "--compile"))
+    assert plain.keys() == compiled.keys()
+    for key in plain:
+        torch.testing.assert_close(compiled[key], plain[key], rtol=1e-3, atol=1e-4)
+
+
+def test_tensorboard_gets_numbers_and_pictures(base, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ["--validation_steps", "2", "--validation_inference_steps", "1", "--num_validation_images", "1"]
+    train(base, tmp_path, "--max_train_steps", "2", "--report_to", "tensorboard", *flags)
+    reader = events.EventAccumulator(str(tmp_path / "logs" / "slora")).Reload()
+    assert {"loss", "lr", "grad_norm", "validation_loss"} <= set(reader.Tags()["scalars"])
+    assert [event.step for event in reader.Images("images")] == [0, 2]
+
+
+def test_a_result_is_uploaded_without_caches_and_checkpoints(tmp_path, monkeypatch):
+    calls = {}
+    monkeypatch.setattr(hub, "create_repo", lambda name, **more: argparse.Namespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr(hub, "upload_folder", lambda **more: calls.update(more))
+    options = argparse.Namespace(
+        hub_model_id=None, output_dir=str(tmp_path / "dog"), hub_token="t", max_train_steps=5, rank=4,
+        pretrained_model_name_or_path="some/base",
+    )  # fmt: skip
+    (tmp_path / "dog").mkdir()
+    assert hub.push_to_hub(options) == "me/dog"
+    assert calls["repo_id"] == "me/dog" and {"checkpoint-*", "cache/*"} <= set(calls["ignore_patterns"])
+    card = (tmp_path / "dog" / "README.md").read_text()
+    assert 'pipe.load_serial_lora("me/dog")' in card and "base_model: some/base" in card
+
+
+def test_a_checkpoint_that_fails_to_be_written_leaves_the_others(tmp_path):
+    write_checkpoint(tmp_path, 1, {"step": 1}, 1, lambda folder: None)
+
+    def fail(folder):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint(tmp_path, 2, {"step": 2}, 1, fail)
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1"
+    write_checkpoint(tmp_path, 3, {"step": 3}, 1, lambda folder: None)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    write_checkpoint(tmp_path, 1, {"step": 1}, None, lambda folder: None)
+    (tmp_path / "checkpoint-1" / STATE_NAME).write_bytes(b"not a checkpoint")
+    with pytest.raises(SerialLoraError, match="checkpoint-1 is damaged"):
+        read_checkpoint(tmp_path / "checkpoint-1")
