@@ -102,7 +102,7 @@ def write_model_card(
     components = state.metadata.get("components", {})
     if not components:
         raise AdapterFileError(f"{file} has no header, so there is nothing to write a card from. Save it again.")
-    base = base_model or _base_id(components)
+    base = base_model or base_id(components)
     if base is None:
         raise AdapterFileError(f"{file} does not say what base it is for. Give it with base_model=...")
     adapter = repository or str(file.parent)
@@ -217,13 +217,15 @@ def _facts(state: AdapterTensors, components: Mapping[str, Any], file: Path) -> 
         numel = sum(tensor.numel() for key, tensor in state.items() if key.startswith(f"{name}."))
         rank = "-".join(map(str, sorted({ranks[0], ranks[-1]})))
         alpha = "rank" if config.alpha is None else f"{config.alpha:g}"
-        facts[name] = f"rank {rank}, alpha {alpha}, {len(keys)} pairs ({', '.join(sorted(pairs))}), {numel:,} parameters"
+        facts[name] = (
+            f"rank {rank}, alpha {alpha}, {len(keys)} pairs ({', '.join(sorted(pairs))}), {numel:,} parameters"
+        )
     facts["file"] = f"`{file.name}`, {file.stat().st_size:,} bytes"
     return facts
 
 
-def _base_id(components: Mapping[str, Any]) -> str | None:
-    """The base pipeline's id or folder, from the names of its components."""
+def base_id(components: Mapping[str, Any]) -> str | None:
+    """The base's id or folder: of the pipeline, where a component's name says that it is part of one."""
     for component, header in components.items():
         name = header.get("base", {}).get("name")
         if not name:
@@ -231,7 +233,8 @@ def _base_id(components: Mapping[str, Any]) -> str | None:
         if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots", name):
             return "/".join(cached.groups())
         path = Path(name)
-        return str(path.parent) if path.name == component and component != "model" else name
+        part = path.name == component and (not path.exists() or (path.parent / "model_index.json").is_file())
+        return str(path.parent) if part else name
     return None
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import SerialLoraError
 from ..files import AdapterTensors, read_adapter
+from ..hub import base_id
 from ..io import load_serial_lora
 
 DEMO = "demo"
@@ -87,9 +88,8 @@ def _load_model(base: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Mod
 
 
 def base_name(state: AdapterTensors) -> str:
-    """Name of the base in an adapter's header."""
-    components = state.metadata.get("components", {})
-    name = next((n for c in components.values() if (n := c.get("base", {}).get("name"))), None)
+    """The base that an adapter's header names."""
+    name = base_id(state.metadata.get("components", {}))
     if name is None:
         raise SerialLoraError("The adapter's file does not say what base it is for. Give it with --base.")
     return name

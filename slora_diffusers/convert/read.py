@@ -60,6 +60,11 @@ def read_lora(source: Any, models: Mapping[str, nn.Module], weight_name: str | N
         raise AdapterFileError(
             f"{_name(source)} is not a plain LoRA (it has {other!r}): DoRA, LoHa, LoKr and OFT are no low-rank sums."
         )
+    if any(".serial_lora." in key for key in tensors):
+        raise AdapterFileError(
+            f"{_name(source)} is a Serial LoRA already: load it with load_serial_lora(), or write the LoRA that it "
+            "equals with export_lora()."
+        )
     read, parts, alphas = ReadLora(), {}, {}
     for key, tensor in tensors.items():
         if match := _KEY.fullmatch(key):

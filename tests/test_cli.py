@@ -1,0 +1,243 @@
+"""The `slora` command on real folders: what it writes, says, and returns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from typer.testing import CliRunner
+
+import slora_diffusers as sl
+from slora_diffusers.cli import app
+from slora_diffusers.cli.verify import VerifyReport
+from slora_diffusers.files import read_adapter
+from tests.adapters import add_random_adapter
+from tests.tiny_pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
+from tests.tiny_vision import VISION
+
+COMMANDS = ["demo", "inspect", "export", "compress", "merge", "fuse", "verify"]
+
+
+def slora(*arguments, code=0):
+    """Run the command; gives standard output, or what went to standard error if it failed."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result.stderr if code == 1 else result.stdout
+
+
+def image(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a cat", height=32, width=32, num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`base`, a pipeline; `a` and `b`, adapters of its transformer and first text encoder; `vit` and `vit-a`."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_sd3_pipeline().save_pretrained(folder / "base")
+    pipe = DiffusionPipeline.from_pretrained(folder / "base")
+    for name, seed in (("a", 1), ("b", 2)):
+        add_random_adapter(pipe.transformer, name, seed)
+        add_random_adapter(pipe.text_encoder, name, seed + 5)
+        pipe.save_serial_lora(folder / name, name)
+    VISION["ViTForImageClassification"].build().save_pretrained(folder / "vit")
+    vit = type(VISION["ViTForImageClassification"].build()).from_pretrained(folder / "vit")
+    add_random_adapter(vit)
+    sl.save_serial_lora(vit, folder / "vit-a")
+    return folder
+
+
+def pipeline(folder, **adapters):
+    pipe = DiffusionPipeline.from_pretrained(folder / "base")
+    for name, weight in adapters.items():
+        pipe.load_serial_lora(folder / name, name, weight)
+    return pipe
+
+
+class TestHelp:
+    def test_lists_every_command(self):
+        shown = slora("--help")
+        assert all(command in shown for command in COMMANDS)
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_shows_examples(self, command):
+        shown = slora(command, "--help")
+        assert f"slora {command}" in shown.partition("Examples")[2]
+
+    def test_a_wrong_usage_is_exit_code_2(self):
+        assert CliRunner().invoke(app, ["export"]).exit_code == 2
+        assert CliRunner().invoke(app, ["nothing"]).exit_code == 2
+
+
+class TestInspect:
+    def test_an_adapter_in_json(self, folder, tmp_path):
+        found = json.loads(slora("inspect", folder / "a", "--plot", tmp_path / "s.png", "--json"))
+        part = found["components"]["transformer"]
+        state = read_adapter(folder / "a")
+        assert found["kind"] == "adapter"
+        assert found["bytes"] == (folder / "a" / "serial_lora_weights.safetensors").stat().st_size
+        assert part["ranks"] == [4]
+        assert part["sites"] == 3
+        assert part["pairs"] == {"encoder_hidden_states": 2, "hidden_states": 3}
+        assert part["parameters"] == sum(t.numel() for k, t in state.items() if k.startswith("transformer."))
+        assert not part["lora_exact"]
+        key = "transformer.transformer_blocks.1.attn.serial_lora.hidden_states.lora_{}.weight"
+        norm = torch.linalg.norm(1.5 * state[key.format("B")] @ state[key.format("A")]).item()  # alpha 6 at rank 4
+        assert part["norms"]["1"]["hidden_states"] == pytest.approx(norm, rel=1e-5)
+        assert Image.open(tmp_path / "s.png").size[0] > 600
+
+    def test_the_base_makes_the_lora_equivalent_exact(self, folder):
+        part = json.loads(slora("inspect", folder / "a", "--base", folder / "base", "--json"))["components"][
+            "transformer"
+        ]
+        d, r = 32, 4
+        linears = 3 * 3 + 2 * 3 + 3 + 1  # q, k, v of three inputs and of two texts; outputs, one of them the text's
+        assert part["lora_exact"]
+        assert part["lora_parameters"] == linears * 2 * d * r
+
+    def test_tables_for_people(self, folder):
+        shown = slora("inspect", folder / "a" / "serial_lora_weights.safetensors")
+        assert "rank" in shown
+        assert "text_encoder" in shown
+
+    def test_a_pipeline_and_a_model(self, folder):
+        found = json.loads(slora("inspect", folder / "base", "--json"))
+        assert set(found["components"]) == {"transformer", "text_encoder", "text_encoder_2", "text_encoder_3"}
+        assert json.loads(slora("inspect", folder / "vit", "--json"))["components"]["model"]["sites"] == 2
+
+
+class TestConversions:
+    def test_export_writes_a_lora_that_the_stock_pipeline_draws_alike(self, folder, tmp_path):
+        report = json.loads(slora("export", folder / "a", "--base", folder / "base", "-o", tmp_path, "--json"))
+        assert report["files"] == [str(tmp_path / "pytorch_lora_weights.safetensors")]
+        stock = pipeline(folder)
+        stock.load_lora_weights(tmp_path)
+        torch.testing.assert_close(image(stock), image(pipeline(folder, a=1.0)), atol=1e-5, rtol=0)
+
+    def test_export_of_two_weighted_adapters_to_a_rank(self, folder, tmp_path):
+        arguments = ("export", folder / "a", folder / "b", "-w", 0.5, "-w", 2, "-o", tmp_path)
+        exact = json.loads(slora(*arguments, "--json"))  # the files name their base
+        cut = json.loads(slora(*arguments, "--rank", 3, "--json"))
+        assert exact["ranks"] == [8]
+        assert exact["relative_error"] == 0
+        assert cut["ranks"] == [3]
+        assert 0 < cut["relative_error"] < 1
+
+    def test_compress_gives_the_exported_adapter_back(self, folder, tmp_path):
+        slora("export", folder / "a", "--base", folder / "base", "-o", tmp_path / "lora", "-f", "kohya")
+        report = json.loads(
+            slora(
+                *("compress", tmp_path / "lora", "--base", folder / "base", "-r", 4, "-o", tmp_path / "back"),
+                *("--keep-rest", "--plot", tmp_path / "e.png", "--json"),
+            )
+        )
+        assert report["relative_error"] < 1e-5
+        assert report["not_carried"] == []
+        back = pipeline(folder)
+        back.load_serial_lora(report["adapter"])
+        torch.testing.assert_close(image(back), image(pipeline(folder, a=1.0)), atol=1e-5, rtol=0)
+        assert (tmp_path / "e.png").stat().st_size > 5000
+
+    @pytest.mark.parametrize("with_base", [False, True])
+    def test_merge_adds_with_weights(self, folder, tmp_path, with_base):
+        base = ("--base", folder / "base") if with_base else ()
+        report = json.loads(
+            slora("merge", folder / "a", folder / "b", "-w", 0.5, "-w", -1, "-o", tmp_path, *base, "--json")
+        )
+        assert report["ranks"] == [8]
+        merged = pipeline(folder)
+        merged.load_serial_lora(report["file"])
+        torch.testing.assert_close(image(merged), image(pipeline(folder, a=0.5, b=-1.0)), atol=1e-5, rtol=0)
+
+    def test_fuse_writes_a_checkpoint_that_needs_no_adapter(self, folder, tmp_path):
+        slora("fuse", folder / "a", folder / "b", "-w", 1, "-w", 0.5, "--scale", 0.5, "-o", tmp_path / "fused")
+        fused = DiffusionPipeline.from_pretrained(tmp_path / "fused")
+        assert not any("serial_lora" in name for name in fused.transformer.state_dict())
+        torch.testing.assert_close(image(fused), image(pipeline(folder, a=0.5, b=0.25)), atol=1e-5, rtol=0)
+
+    def test_fuse_does_not_write_into_another_checkpoint(self, folder):
+        before = sorted(path.name for path in (folder / "vit").iterdir())
+        assert "is not empty" in slora("fuse", folder / "a", "-o", folder / "vit", code=1)
+        assert sorted(path.name for path in (folder / "vit").iterdir()) == before
+
+
+class TestVerify:
+    def test_a_pipeline_passes(self, folder):
+        report = json.loads(slora("verify", folder / "a", "--base", folder / "base", "--size", 32, "--json"))
+        assert report["passed"]
+        assert set(report["outputs"]) == {"fused", "unfused", "exported"}
+        assert report["effect"] > 0.01
+        assert report["base_restored"] is True
+
+    def test_a_vision_transformer_passes(self, folder):
+        report = json.loads(slora("verify", folder / "vit-a", "--json"))
+        assert report["passed"]
+        assert set(report["outputs"]) == {"fused", "unfused", "exported"}
+
+    def test_a_class_conditional_pipeline_passes(self, tmp_path):
+        tiny_dit_pipeline().save_pretrained(tmp_path / "dit")
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "dit")
+        add_random_adapter(pipe.transformer)
+        pipe.save_serial_lora(tmp_path / "a")
+        assert "passed" in slora("verify", tmp_path / "a", "--base", tmp_path / "dit")
+
+    def test_a_bare_transformer_is_checked_pair_by_pair_and_says_so(self, folder, tmp_path):
+        pipe = pipeline(folder)
+        add_random_adapter(pipe.transformer)
+        sl.save_serial_lora(pipe.transformer, tmp_path)
+        report = json.loads(slora("verify", tmp_path, "--base", folder / "base" / "transformer", "--json"))
+        assert report["passed"]
+        assert report["outputs"] == {}
+        assert "no inputs of its own" in report["skipped"][0]
+
+    def test_a_difference_is_exit_code_3(self, folder):
+        arguments = ("verify", folder / "vit-a", "--tolerance", 0, "--json")
+        assert json.loads(slora(*arguments, code=3))["passed"] is False
+
+    @pytest.mark.parametrize("wrong", ["pairs", "outputs", "base_restored"])
+    def test_every_kind_of_difference_fails(self, wrong):
+        fields = {"pairs": {"fused": 0.0}, "outputs": {"fused": 0.0}, "base_restored": True}
+        rest = {"effect": 1.0, "tolerance": 1e-5, "skipped": ()}
+        assert VerifyReport(**fields, **rest).passed
+        fields[wrong] = False if wrong == "base_restored" else {"fused": 1e-3}
+        assert not VerifyReport(**fields, **rest).passed
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "remedy"),
+        [
+            (("export", "{}/a", "-o", "{}/x", "--format", "onnx"), "diffusers, peft, kohya"),
+            (("export", "{}/a", "-o", "{}/x", "--dtype", "int8"), "float32, float16, bfloat16"),
+            (("export", "{}/vit", "-o", "{}/x"), "weight_name="),
+            (("export", "{}/a", "--base", "{}/a", "-o", "{}/x"), "Give the base"),
+            (("export", "{}/a", "{}/b", "-w", "1", "-o", "{}/x"), "2 adapters need as many --weight"),
+            (("merge", "{}/a", "-o", "{}/x"), "at least two adapters"),
+            (("merge", "{}/a", "{}/vit-a", "-o", "{}/x"), "--base"),
+            (("compress", "{}/a", "--base", "{}/base", "-r", "4", "-o", "{}/x"), "is a Serial LoRA already"),
+            (("inspect", "{}/vit", "--plot", "{}/x"), "--plot draws an adapter"),
+            (("verify", "{}/vit-a", "--base", "{}/base"), "component 'model'"),
+        ],
+    )
+    def test_are_one_line_with_the_remedy(self, folder, arguments, remedy):
+        shown = slora(*(a.format(folder) for a in arguments), code=1)
+        lines = [line for line in shown.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1
+        assert remedy in lines[0]
+        assert "Traceback" not in shown
+        assert not (folder / "x").exists()
+
+    def test_debug_shows_where(self, folder):
+        result = CliRunner().invoke(app, ["merge", str(folder / "a"), "-o", str(folder / "x"), "--debug"])
+        assert isinstance(result.exception, sl.SerialLoraError)
+
+
+def test_demo_runs_the_demo(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("slora_diffusers.demo.run.run_demo", lambda *a: calls.append(a) or {"rows": []})
+    assert json.loads(slora("demo", "-o", tmp_path, "--style", "script", "--seed", 3, "--json")) == {"rows": []}
+    assert calls[0][:3] == (tmp_path, "script", 3)
