@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+from pipelines import classify_images, segment_images
 from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.files import WEIGHT_NAME
 from slora_diffusers.training.checkpoint import STATE_NAME
@@ -205,3 +206,57 @@ def test_data_set_of_the_datasets_library(base, stripes, tmp_path):
     argv = ["--pretrained_model_name_or_path", str(base), "--dataset_name", str(tmp_path / "rows"), *QUIET]
     train_vit_classification.main([*argv, "--max_train_steps", "1", "--output_dir", str(tmp_path / "out")])
     assert SerialLoraForImageClassification.from_pretrained(tmp_path / "out").label_names == ("across", "down")
+
+
+def test_classify_images_prints_writes_and_fuses(base, stripes, tmp_path, capsys):
+    flags = ["--max_train_steps", "5", "--learning_rate", "1e-2"]
+    classify(base, stripes, tmp_path, *flags)
+    model = SerialLoraForImageClassification.from_pretrained(tmp_path)
+    one = sorted(stripes.glob("across/*.png"))[0]
+    common = [str(one), str(stripes / "down"), "--model", str(tmp_path), "--batch_size", "5"]
+    results = classify_images.main([*common, "--json", str(tmp_path / "out" / "results.json"), "--top", "2"])
+    expected = model(model.preprocessing(Image.open(one))[None]).logits.softmax(1)[0]
+    found = {entry["label"]: entry["probability"] for entry in results[0]["classes"]}
+    assert [found[name] for name in model.label_names] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert len(results) == 13
+    assert one.name in capsys.readouterr().out
+    fused = classify_images.main([*common, "--fuse", "--top", "1"])
+    assert [r["classes"][0]["label"] for r in fused] == [r["classes"][0]["label"] for r in results]
+    base_only = classify_images.main([*common, "--scale", "0", "--top", "1"])
+    assert base_only[0]["classes"][0]["probability"] != fused[0]["classes"][0]["probability"]
+
+
+def test_segment_images_writes_masks_and_overlays(base, scenes, tmp_path):
+    segment(base, scenes, tmp_path / "model", "--max_train_steps", "30", "--learning_rate", "1e-2")
+    out = tmp_path / "out"
+    argv = [str(scenes / "images"), "--model", str(tmp_path / "model"), "--output_dir", str(out)]
+    results = segment_images.main(argv)
+    mask = np.asarray(Image.open(out / "3_mask.png"))
+    assert mask.shape == (2 * SIZE, 2 * SIZE)
+    assert set(np.unique(mask)) <= {0, 1}
+    areas = next(r["areas"] for r in results if r["mask"] == "3_mask.png")
+    assert areas.get("square", 0) == pytest.approx((mask == 1).mean())
+    picture = np.asarray(Image.open(out / "3_overlay.png"))[: 2 * SIZE].astype(int)
+    image = np.asarray(Image.open(scenes / "images" / "3.png")).astype(int)
+    assert ((picture != image).any(-1) == (mask == 1)).mean() > 0.99  # a pixel may have the palette's colour already
+    assert json.loads((out / "results.json").read_text())["labels"] == ["ground", "square"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere.png"], "neither a file nor a folder"),
+        (["."], "holds no image"),
+        (["x.png", "--batch_size", "0"], "batch_size"),
+        (["x.png", "--fuse", "--scale", "0.5"], "leave out --scale"),
+        (["x.png"], "weights"),
+    ],
+)
+def test_pipelines_refuse_what_they_cannot_do(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    if argv[0] == "x.png":
+        Image.new("RGB", (8, 8)).save("x.png")
+    with pytest.raises(SerialLoraError, match=message):
+        classify_images.main([*argv, "--model", str(tmp_path / "model")])

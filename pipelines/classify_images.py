@@ -1,0 +1,47 @@
+"""Classifies images with what train_scripts/train_vit_classification.py saved.
+
+python pipelines/classify_images.py photo.jpg more_photos --model outputs/classifier --json results.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from slora_diffusers.training.inference import image_files, make_parser, open_model, predictions
+from slora_diffusers.vision import SerialLoraForImageClassification
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Print a table of the likeliest classes of every image, and give them; --json writes them too."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--top", type=int, default=3, help="Classes to show of each image.")
+    parser.add_argument("--json", type=Path, help="File to write the results to.")
+    options = parser.parse_args(argv)
+    paths = image_files(options.images)
+    model = open_model(SerialLoraForImageClassification, options)
+    results = []
+    for path, _, logits in predictions(model, paths, options):
+        best = logits.softmax(0).topk(min(options.top, model.num_labels))
+        classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        found = [{"label": model.label_names[i], "probability": p} for i, p in classes]
+        results.append({"file": str(path), "classes": found})
+
+    table = Table("image", *(f"{n + 1}." for n in range(min(options.top, model.num_labels))))
+    for result in results:
+        cells = [f"{c['label']} {100 * c['probability']:.1f} %" for c in result["classes"]]
+        table.add_row(Path(result["file"]).name, *cells)
+    Console().print(table)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Pictures of a segmentation over its image, with the names of the classes beside their colours."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..vision import IGNORE_INDEX
+
+_ROW = 14  # pixels of one line of the legend
+
+
+def palette(classes: int) -> np.ndarray:
+    """A colour per class, (classes, 3) of uint8: the first (background) black, the others far apart in hue."""
+    hues = [(i * 0.618034) % 1 for i in range(classes - 1)]  # the golden ratio keeps any number of hues apart
+    colours = [colorsys.hsv_to_rgb(hue, 0.9, 1.0) for hue in hues]
+    return np.array([(0, 0, 0), *(tuple(round(255 * c) for c in colour) for colour in colours)], np.uint8)
+
+
+def overlay(image: Image.Image, mask: np.ndarray, names: Sequence[str], opacity: float = 0.55) -> Image.Image:
+    """The image with its classes in colour (the first is left clear), and a legend of those that occur below.
+
+    Args:
+        image: An RGB image.
+        mask: Class of each pixel, (H, W); 255 is left clear.
+        names: Names of the classes.
+        opacity: Weight of the colours, from 0 to 1.
+    """
+    coloured = (mask != 0) & (mask != IGNORE_INDEX)
+    colours = palette(len(names))
+    pixels = np.asarray(image.convert("RGB")).astype(np.float64)
+    paint = colours[np.where(coloured, mask, 0)]
+    mixed = np.where(coloured[..., None], (1 - opacity) * pixels + opacity * paint, pixels)
+    present = [i for i in range(1, len(names)) if (mask == i).any()]
+    picture = Image.new("RGB", (image.width, image.height + _ROW * len(present)), "white")
+    picture.paste(Image.fromarray(mixed.round().astype(np.uint8)), (0, 0))
+    draw = ImageDraw.Draw(picture)
+    for row, i in enumerate(present):
+        y = image.height + row * _ROW
+        draw.rectangle((2, y + 2, _ROW - 3, y + _ROW - 3), fill=tuple(int(c) for c in colours[i]))
+        draw.text((_ROW + 2, y + 1), names[i], fill="black", font=ImageFont.load_default())
+    return picture
