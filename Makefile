@@ -48,7 +48,7 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[demo]'
+	$(PIP) -e .
 	touch $@
 
 # timm and xformers would pull in torchvision and CUDA builds; the tests need neither (see tests/conftest.py).
