@@ -53,7 +53,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 # timm and xformers would pull in torchvision and CUDA builds; the tests need neither (see tests/conftest.py).
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[test,quantization]'
+	$(PIP) -e '.[test]'
 	$(PIP) --no-deps timm xformers
 	touch $@
 
