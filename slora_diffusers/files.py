@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,15 @@ class AdapterTensors(dict[str, Tensor]):
     def component_names(self) -> list[str]:
         """The components of a pipeline that the keys name; a trained head is none of them."""
         return [name for name in dict.fromkeys(key.partition(".")[0] for key in self) if name != "head"]
+
+    def warn_of_rest(self, taken: Sequence[str]) -> None:
+        """Warn of components that nothing takes."""
+        if rest := [name for name in self.component_names() if name not in taken]:
+            warnings.warn(
+                f"The adapter is also for {rest}, which is left out here: load it into a pipeline that has these "
+                "components to get all of it.",
+                stacklevel=3,
+            )
 
 
 def check_hub_arguments(arguments: Mapping[str, Any]) -> None:

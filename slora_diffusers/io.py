@@ -115,7 +115,9 @@ def load_serial_lora(
     component = component_name(model)
     if component not in names and len(names) == 1:
         component = names[0]  # a pipeline's name for this model, such as text_encoder
-    return plan_load(model, tensors, component, name, strict, config).apply(weight)
+    plan = plan_load(model, tensors, component, name, strict, config)
+    tensors.warn_of_rest([component])
+    return plan.apply(weight)
 
 
 def plan_load(

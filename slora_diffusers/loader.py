@@ -61,6 +61,7 @@ class SerialLoraLoaderMixin:
         if adapter_name is None:
             adapter_name = _free_name(self)
         plans = [io.plan_load(modules[name], tensors, name, adapter_name, strict, config) for name in known]
+        tensors.warn_of_rest(known)
         return {name: plan.apply(weight) for name, plan in zip(known, plans, strict=True)}
 
     def save_serial_lora(

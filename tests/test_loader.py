@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, DiTPipeline
 from safetensors.torch import load_file
 
 import slora_diffusers as sl
+from slora_diffusers.files import AdapterTensors
 from slora_diffusers.loader import VERBS, install
 from tests.adapters import add_random_adapter, traces
 from tests.tiny_pipelines import tiny_dit_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
@@ -125,6 +126,21 @@ def test_a_models_file_and_a_pipelines_file_are_the_same(tmp_path):
     fresh = build("sd3")
     sl.load_serial_lora(fresh.transformer, other)
     assert same(images(fresh, "sd3"), images(pipe, "sd3"))
+
+
+def test_components_that_are_left_out_are_named():
+    pipe = build("sd3")
+    add_random_adapter(pipe.transformer, "style")
+    add_random_adapter(pipe.text_encoder, "style")
+    states = [sl.serial_lora_state_dict(pipe.transformer), sl.serial_lora_state_dict(pipe.text_encoder, None, "lost")]
+    both = AdapterTensors({**states[0], **states[1]}, states[0].metadata)
+    both.metadata["components"] |= states[1].metadata["components"]
+    with pytest.raises(sl.AdapterFileError, match=r"components \['transformer', 'lost'\].*strict=False"):
+        build("sd3").load_serial_lora(both)
+    with pytest.warns(UserWarning, match=r"also for \['lost'\]"):
+        assert set(build("sd3").load_serial_lora(both, strict=False)) == {"transformer"}
+    with pytest.warns(UserWarning, match=r"also for \['lost'\]"):
+        sl.load_serial_lora(build("sd3").transformer, both)
 
 
 def test_the_scale_of_the_attention_kwargs_is_understood():
