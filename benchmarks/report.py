@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+Show = Callable[[float], str]
 NAMES = {"base": "Base", "serial": "Serial LoRA", "serial_fused": "fused", "peft": "PEFT's LoRA"}
 
 
@@ -30,6 +31,31 @@ def step_table(folder: Path = RESULTS) -> str:
     heading = ("", "", "Base", "Serial LoRA / base", "fused / base", "PEFT's LoRA / base", "Serial / PEFT")
     parts = (_step_caption(results), _table(heading, rows, left=2), _cost_table(results))
     return "\n\n".join(parts)
+
+
+def step_summary(folder: Path = RESULTS) -> str:
+    """The same in short: Serial LoRA against PEFT's LoRA, one column per model."""
+    results = _read("step", folder)
+    cases = {model: case["precisions"] for model, case in results["cases"].items()}
+    times = {
+        "train step over the base's, bf16 autocast": ("train", "bf16 autocast"),
+        "train step over the base's, fp32": ("train", "fp32"),
+        "forward over the base's, bf16": ("forward", "bf16"),
+    }
+    rows = [
+        (name, *(_against({n: v["over_base"]["median"] for n, v in m[precision][what].items()}, "{:.3f}".format)
+                 for m in cases.values()))
+        for name, (what, precision) in times.items()
+    ]  # fmt: skip
+    fused = (m["bf16"]["forward"]["serial_fused"]["over_base"]["median"] for m in cases.values())
+    rows.append(("forward over the base's, bf16, fused", *(f"{ratio:.3f}" for ratio in fused)))
+    costs = [_costs(case) for case in results["cases"].values()]
+    rows += [(name, *(_against(cost[name][0], cost[name][1]) for cost in costs)) for name in costs[0]]
+    return f"{_step_caption(results)}\n\n{_table(('Serial LoRA / PEFT LoRA', *cases), rows)}"
+
+
+def _against(values: dict[str, float], show: Show) -> str:
+    return f"{show(values['serial'])} / {show(values['peft'])}"
 
 
 def profile_table(folder: Path = RESULTS) -> str:
@@ -93,31 +119,33 @@ def _conditions(results: dict[str, Any]) -> str:
     )
 
 
+def _costs(case: dict[str, Any]) -> dict[str, tuple[dict[str, float], Show]]:
+    """What varies with the adapter alone: {name: ({library: number}, how to show it)}."""
+    measured = case["precisions"]["bf16 autocast"]
+    kept, adapter = measured["saved_bytes"], measured["adapter"]
+    costs: dict[str, tuple[dict[str, float], Show]] = {
+        "kept for the backward pass beyond the base's, bf16": (
+            {n: kept[n] - kept["base"] for n in adapter},
+            _megabytes,
+        ),
+        "trained parameters": ({n: a["parameters"] for n, a in adapter.items()}, "{:,}".format),
+        "optimizer state": ({n: a["optimizer_bytes"] for n, a in adapter.items()}, _megabytes),
+        "file, fp32": ({n: a["file_bytes"] for n, a in adapter.items()}, _megabytes),
+    }
+    for name, what, precision in (("forward", "forward", "bf16"), ("forward and backward", "train", "bf16 autocast")):
+        counts = case["precisions"][precision][f"{what}_kernels"]
+        extra = {n: (counts[n] - counts["base"]) / case["size"]["blocks"] for n in adapter}
+        costs[f"operations per attention beyond the base's, {name}"] = extra, "{:.0f}".format
+    return costs
+
+
 def _cost_table(results: dict[str, Any]) -> str:
-    rows = []
-    for model, case in results["cases"].items():
-        measured = case["precisions"]["bf16 autocast"]
-        kept, adapter = measured["saved_bytes"], measured["adapter"]
-        attentions = case["size"]["blocks"]
-        rows += [
-            (model, "kept for the backward pass, beyond the base's", *_pair_of(kept, _megabytes, less=kept["base"])),
-            (model, "trained parameters", *_pair_of({n: a["parameters"] for n, a in adapter.items()}, "{:,}".format)),
-            (model, "optimizer state", *_pair_of({n: a["optimizer_bytes"] for n, a in adapter.items()}, _megabytes)),
-            (model, "file, fp32", *_pair_of({n: a["file_bytes"] for n, a in adapter.items()}, _megabytes)),
-        ]
-        for what, precision in (("forward", "bf16"), ("train", "bf16 autocast")):
-            counts = case["precisions"][precision][f"{what}_kernels"]
-            name = "forward" if what == "forward" else "forward and backward"
-            extra = {n: (counts[n] - counts["base"]) / attentions for n in ("serial", "peft")}
-            rows.append(
-                (model, f"operations per attention beyond the base's, {name}", *_pair_of(extra, "{:.0f}".format))
-            )
+    rows = [
+        (model, name, show(values["serial"]), show(values["peft"]), f"{values['serial'] / values['peft']:.2f}")
+        for model, case in results["cases"].items()
+        for name, (values, show) in _costs(case).items()
+    ]
     return _table(("", "", "Serial LoRA", "PEFT's LoRA", "Ratio"), rows, left=2)
-
-
-def _pair_of(values: dict[str, float], show: Any, less: float = 0) -> tuple[str, str, str]:
-    serial, peft = values["serial"] - less, values["peft"] - less
-    return show(serial), show(peft), f"{serial / peft:.2f}"
 
 
 def _train_over_peft(measured: dict[str, Any]) -> str:
