@@ -15,10 +15,15 @@ from pipelines.generate_text_to_image import main as generate
 from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.training import preflight
 from slora_diffusers.training.objectives import Diffusion, RectifiedFlow
-from tests.tiny_pipelines import tiny_pixart_pipeline, tiny_sd3_pipeline
-from train_scripts import train_dreambooth_pixart, train_dreambooth_sd3
+from tests.tiny_pipelines import tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
+from train_scripts import train_dreambooth_flux, train_dreambooth_pixart, train_dreambooth_sd3
 
-RECIPES = {"sd3": train_dreambooth_sd3, "alpha": train_dreambooth_pixart, "sigma": train_dreambooth_pixart}
+RECIPES = {
+    "sd3": train_dreambooth_sd3,
+    "flux": train_dreambooth_flux,
+    "alpha": train_dreambooth_pixart,
+    "sigma": train_dreambooth_pixart,
+}
 PROMPT = "a photo of sks cat"
 QUICK = {
     "rank": 4, "train_batch_size": 2, "resolution": 32, "validation_steps": 0, "checkpointing_steps": 0,
@@ -37,6 +42,7 @@ def fresh_accelerator():
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     tiny_sd3_pipeline().save_pretrained(folder / "sd3")
+    tiny_flux_pipeline().save_pretrained(folder / "flux")
     for variant in ("alpha", "sigma"):
         tiny_pixart_pipeline(variant).save_pretrained(folder / variant)
     return folder
@@ -76,7 +82,7 @@ def draw(base, out, *adapter, **options):
     return np.array(Image.open(generate([*argv, *(["--adapter", *map(str, adapter)] if adapter else [])])), dtype=int)
 
 
-@pytest.mark.parametrize("family", ["sd3", pytest.param("alpha", marks=pytest.mark.slow), "sigma"])
+@pytest.mark.parametrize("family", ["sd3", "flux", pytest.param("alpha", marks=pytest.mark.slow), "sigma"])
 def test_a_subject_is_learnt_and_a_fresh_pipeline_draws_what_the_run_drew(family, bases, subject, tmp_path):
     options = {"max_train_steps": 30, "validation_steps": 30, "learning_rate": 2e-2, "cache_latents": True}
     path = train(family, bases, subject, tmp_path / "learnt", **options)

@@ -91,7 +91,7 @@ def test_pefts_lora_is_saved_as_diffusers_reads_it(tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     ADAPTERS["lora"].save({"transformer": pipe.transformer}, tmp_path)
     fresh.load_lora_weights(tmp_path)
-    text = dict(encoder_hidden_states=torch.randn(1, 5, 32), pooled_projections=torch.randn(1, 32))
+    text = {"encoder_hidden_states": torch.randn(1, 5, 32), "pooled_projections": torch.randn(1, 32)}
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500.0])
     with torch.no_grad():
         torch.testing.assert_close(

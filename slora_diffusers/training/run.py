@@ -162,7 +162,8 @@ class Run:
                 bar.set_postfix_str(
                     f"loss {step.loss:.4f}, lr {step.lr:.1e}, {step.seconds:.2f} s/step, {step.memory / 2**30:.2f} GB"
                 )
-                self.log({"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}, step.number)
+                values = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
+                self.log({**values, "seconds": step.seconds, "memory": step.memory}, step.number)
                 every = options.checkpointing_steps
                 if (step.interrupted and not self._deepspeed) or (every and step.number % every == 0):
                     self.save_checkpoint()

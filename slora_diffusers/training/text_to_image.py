@@ -145,21 +145,24 @@ class Subject:
         unseen: The images to validate on.
         encode: One text to the pipeline's embeddings, named as its arguments, with a batch dimension of 1.
         length: Tokens of the T5 encoder.
+        patch: Latents per token along a side; the transformer's own by default.
+        side: Side of images in pixels, if --resolution is not given; the transformer's own by default.
         settings: Further arguments of the pipeline's call.
     """
 
     def __init__(
         self, run: Run, pipe: Any, items: list[Item], unseen: list[Item], encode: Callable[[str], Tensors], length: int,
-        **settings: Any,
+        patch: int | None = None, side: int | None = None, **settings: Any,
     ) -> None:  # fmt: skip
         options, config, factor = run.options, pipe.transformer.config, vae_factor(pipe.vae)
         self._run, self._pipe, self._items = run, pipe, items
         self._unseen = evenly_spread(unseen, options.validation_loss_images)
-        side = options.resolution or config.sample_size * factor
-        self.shapes = bucket_shapes(side, options.aspect_ratio_buckets, config.patch_size * factor)
+        side = options.resolution or side or config.sample_size * factor
+        token = (patch or config.patch_size) * factor  # pixels
+        self.shapes = bucket_shapes(side, options.aspect_ratio_buckets, token)
         # Validation and class images take the square if it is one of the shapes.
         height, width = (side, side) if (side, side) in self.shapes else self.shapes[0]
-        self.tokens = height * width // (config.patch_size * factor) ** 2
+        self.tokens = height * width // token**2
         steps = options.validation_inference_steps
         self._settings = {"num_inference_steps": steps, "height": height, "width": width, **settings}
         self._prior = find_class_images(run, self._draw_class)

@@ -1,0 +1,124 @@
+"""DreamBooth with Serial LoRA, PEFT's LoRA and full fine-tuning: the same recipe, data order, noise and steps.
+
+    python -m benchmarks.dreambooth
+
+A tiny stock SD3 pipeline is first trained in full on photographs that scikit-image ships, then taught a new subject (a
+cat that it has not seen) from five crops. The loss is the fixed-noise loss on four other crops of the same photograph.
+Every run is a process of its own, so that its peak memory is its own. Each method's learning rate is the best of three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import SD3Transformer2DModel
+from PIL import Image
+from skimage import data
+
+from benchmarks.harness import RESULTS, machine, write_results
+from tests.tiny_pipelines import tiny_sd3_pipeline
+
+ROOT = Path(__file__).parents[1]
+FAMILIAR = {"astronaut": "an astronaut", "coffee": "a cup of coffee", "rocket": "a rocket"}
+SUBJECT = "a photo of sks cat"
+LEARNING_RATES = {"none": (0.0,), "serial": (3e-3, 1e-2, 3e-2), "lora": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)}
+
+
+def write_crops(name: str, count: int, folder: Path, caption: str | None, seed: int) -> None:
+    """Random square crops of one photograph at 64 x 64, each with its caption if there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    photo, draw = Image.fromarray(getattr(data, name)()), np.random.default_rng(seed)
+    for index in range(count):
+        side = int(draw.uniform(0.5, 0.9) * min(photo.size))
+        x, y = (int(draw.integers(0, room - side + 1)) for room in photo.size)
+        crop = photo.crop((x, y, x + side, y + side)).resize((64, 64), Image.Resampling.LANCZOS)
+        crop.save(folder / f"{name}-{index}.png")
+        if caption is not None:
+            (folder / f"{name}-{index}.txt").write_text(caption)
+
+
+def train(base: Path, images: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
+    """Run the recipe in a process of its own; gives its log."""
+    fixed = {
+        "pretrained_model_name_or_path": base, "instance_data_dir": images, "output_dir": out, "resolution": 32,
+        "max_sequence_length": 16, "num_validation_images": 0, "checkpointing_steps": 0, "rank": 8,
+    }  # fmt: skip
+    flags = [part for name, value in {**fixed, **options}.items() for part in (f"--{name}", str(value))]
+    script = str(ROOT / "train_scripts" / "train_dreambooth_sd3.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, script, *flags, "--cache_latents"], env=environment, check=True, capture_output=True
+    )
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def pretrained(folder: Path, steps: int) -> Path:
+    """A tiny SD3 that has seen photographs, but not the subject's."""
+    tiny_sd3_pipeline().save_pretrained(folder / "random")
+    for seed, (name, words) in enumerate(FAMILIAR.items()):
+        write_crops(name, 24, folder / "photos", f"a photo of {words}", seed)
+    settings = {"adapter": "full", "learning_rate": 1e-3, "train_batch_size": 8, "max_train_steps": steps}
+    log = train(folder / "random", folder / "photos", folder / "tuned", validation_steps=steps, **settings)
+    print("pretraining:", [line["validation_loss"] for line in log if "validation_loss" in line], flush=True)
+    pipe = tiny_sd3_pipeline()
+    pipe.transformer = SD3Transformer2DModel.from_pretrained(folder / "tuned" / "transformer")
+    pipe.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def summary(log: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """What one run gave: loss before and after, steps per second, peak memory, bytes of its file."""
+    losses = [line["validation_loss"] for line in log if "validation_loss" in line]
+    steps = [line for line in log if "seconds" in line]
+    files = [*out.glob("*.safetensors"), *out.glob("transformer/*.safetensors")]
+    return {
+        "loss_before": losses[0],
+        "loss": losses[-1],
+        "steps_per_second": 1 / statistics.median(line["seconds"] for line in steps),
+        "peak_memory": max(line["memory"] for line in steps),
+        "file_bytes": sum(path.stat().st_size for path in files),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Measure, print a table, write the results and give their path."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=200, help="Steps on the subject.")
+    parser.add_argument("--pretraining_steps", type=int, default=1000)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="Folder of dreambooth.json.")
+    options = parser.parse_args(argv)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        base = pretrained(folder, options.pretraining_steps)
+        write_crops("chelsea", 5, folder / "subject", SUBJECT, 10)
+        write_crops("chelsea", 4, folder / "unseen", SUBJECT, 11)
+        for method, rates in LEARNING_RATES.items():
+            for lr in rates:
+                out = folder / f"{method}-{lr}"
+                settings = {"adapter": "serial" if method == "none" else method, "learning_rate": lr}
+                counts = {"max_train_steps": options.steps, "validation_steps": options.steps, "train_batch_size": 4}
+                log = train(base, folder / "subject", out, validation_data_dir=folder / "unseen", **counts, **settings)
+                measured = {"learning_rate": lr, **summary(log, out)}
+                print(method, measured, flush=True)
+                if method not in results or measured["loss"] < results[method]["loss"]:
+                    results[method] = measured
+    print("| | loss before | after | steps/s | peak MB | file bytes |\n|---|---|---|---|---|---|")
+    for method, r in results.items():
+        numbers = f"{r['loss_before']:.4f} | {r['loss']:.4f} | {r['steps_per_second']:.1f}"
+        print(f"| {method} | {numbers} | {r['peak_memory'] / 1e6:,.0f} | {r['file_bytes']:,} |")
+    return write_results("dreambooth", {"machine": machine(), "steps": options.steps, **results}, options.output)
+
+
+if __name__ == "__main__":
+    print(main())
