@@ -1,5 +1,7 @@
 """The benchmark of training memory counts on fake tensors what really is saved."""
 
+import json
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -50,3 +52,9 @@ def test_the_table_has_a_row_for_everything_measured():
     serial = {**one, "optimizer": {"adamw": 1, "adamw8bit": "missing", "schedulefree": 1, "prodigy": 1}}
     text = training_memory.table({"serial": serial, "lora": {**serial, "activations": 5_000_000}})
     assert "| saved activations | 4.0 | 5.0 | 0.80 |" in text and "| states of adamw8bit | not installed" in text
+
+
+def test_the_documented_table_is_the_one_that_was_measured():
+    results = json.loads((training_memory.RESULTS / "training_memory.json").read_text())
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    assert training_memory.table(results) in page
