@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -49,6 +50,10 @@ def _save_lora(model: nn.Module, folder: Path) -> None:
     save_file(peft.get_peft_model_state_dict(model), folder / "lora.safetensors")
 
 
+def _save_model(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
 @dataclass(frozen=True)
 class Method:
     """How a method makes a model trainable, writes what it trained, and the learning rates of its grid."""
@@ -59,19 +64,14 @@ class Method:
     grid: tuple[float, ...]
 
 
-ADAPTER_GRID = (1e-3, 3e-3, 1e-2, 3e-2)
+ADAPTER_GRID, FULL_GRID = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3)
 METHODS = {
     "Serial LoRA": Method(_serial(), save_serial_lora, SERIAL.learning_rate, ADAPTER_GRID),
     "Serial LoRA + output": Method(
         _serial("hidden_states", "attention_output"), save_serial_lora, SERIAL.learning_rate, ADAPTER_GRID
     ),
     "LoRA (PEFT)": Method(_lora, _save_lora, 3e-3, ADAPTER_GRID),
-    "full fine-tuning": Method(
-        lambda model, rank: None,
-        lambda model, folder: model.save_pretrained(folder),
-        FULL.learning_rate,
-        (1e-4, 3e-4, 1e-3, 3e-3),
-    ),  # fmt: skip
+    "full fine-tuning": Method(lambda model, rank: None, _save_model, FULL.learning_rate, FULL_GRID),
 }
 
 

@@ -17,6 +17,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,7 @@ def build_transformer() -> DiTTransformer2DModel:
         num_embeds_ada_norm=NULL_CLASS,
     )
     # The initialisation of the DiT paper (arXiv 2212.09748): every block starts as the identity.
+    block: Any
     for block in transformer.transformer_blocks:
         torch.nn.init.zeros_(block.norm1.linear.weight)
         torch.nn.init.zeros_(block.norm1.linear.bias)
@@ -115,7 +117,7 @@ def training_loss(
     return objective.loss(output, x0, noise, xt, times).mean()
 
 
-def build_scheduler() -> DPMSolverMultistepScheduler:
+def build_scheduler() -> Any:
     return DPMSolverMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
@@ -124,7 +126,7 @@ def build_scheduler() -> DPMSolverMultistepScheduler:
     )
 
 
-def build_pipeline(vae: AutoencoderKL, transformer: torch.nn.Module) -> DiTPipeline:
+def build_pipeline(vae: AutoencoderKL, transformer: Any) -> DiTPipeline:
     pipe = DiTPipeline(
         transformer=copy.deepcopy(transformer),
         vae=copy.deepcopy(vae),

@@ -5,4 +5,4 @@ import sys
 from .run import run_demo
 
 if __name__ == "__main__":
-    run_demo(*sys.argv[1:2])
+    run_demo(sys.argv[1] if len(sys.argv) > 1 else "outputs/demo")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiTPipeline
+from diffusers.utils import logging
 from torch import nn
 
 from ..config import SerialLoraConfig
@@ -58,7 +60,8 @@ class Quality:
 
 def load_base() -> DiTPipeline:
     """The built-in base model, in fp32, as a stock pipeline."""
-    pipe = DiTPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    with _quiet():
+        pipe = DiTPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.eval()  # so that the label embeddings drop nothing of their own
     return pipe
@@ -152,6 +155,20 @@ def evaluate(pipe: DiTPipeline, images: torch.Tensor, style: Face) -> Quality:
         iou[:, seen].median().item(),
     )
     return Quality(denoising_loss(pipe, style), iou_held_out, iou_seen, right)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar for five megabytes, and no warning that a stock model_index.json keeps class ids as text."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _ids(letters: str) -> torch.Tensor:
