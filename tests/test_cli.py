@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import slora_diffusers as sl
@@ -234,6 +239,33 @@ class TestErrors:
     def test_debug_shows_where(self, folder):
         result = CliRunner().invoke(app, ["merge", str(folder / "a"), "-o", str(folder / "x"), "--debug"])
         assert isinstance(result.exception, sl.SerialLoraError)
+
+
+def examples(page):
+    """The commands of a page's code blocks."""
+    text = (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
+    return [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+
+
+class TestDocs:
+    @pytest.mark.parametrize("line", examples("cli.md"))
+    def test_every_command_of_the_page_is_one_that_the_program_takes(self, line):
+        program, name, *arguments = shlex.split(line)
+        assert program == "slora"
+        command = get_command(app).commands[name]  # pyright: ignore
+        assert command.make_context(name, arguments).params
+
+    def test_the_code_of_the_conversion_page_runs(self, folder, tmp_path, monkeypatch):
+        text = (Path(__file__).parents[1] / "docs" / "convert.md").read_text(encoding="utf-8")
+        code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+        assert code.count("stabilityai/stable-diffusion-3.5-medium") == 2
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(folder / "a", tmp_path / "my-adapter")
+        names: dict = {}
+        exec(code.replace("stabilityai/stable-diffusion-3.5-medium", str(folder / "base")), names)
+        assert names["report"].relative_error < 1e-5
+        assert names["base"].serial_lora_status()["transformer"].active == ["both"]
+        torch.testing.assert_close(image(names["base"]), image(names["pipe"]), atol=1e-4, rtol=0)  # 0.7 a + 0.3 a
 
 
 def test_demo_runs_the_demo(monkeypatch, tmp_path):

@@ -30,6 +30,8 @@ from .read import ReadLora, read_lora
 
 RIDGE = 1e-6
 REST_PREFIX = "rest_of_"
+LARGE = 100.0
+"""Amplification beyond which the 8 bits of bf16 no longer hold x and M x together."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ class CompressReport:
             f"({self.parameters / self.lora_parameters:.2f} of the LoRA's {self.lora_parameters:,}), relative error "
             f"{self.relative_error:.2e}"
         ]
+        worst = max(self.sites, key=lambda site: site.amplification)
+        if worst.amplification > LARGE:
+            lines.append(
+                f"{worst.key} changes its input by up to {worst.amplification:.3g} times its size, where the base "
+                "hardly reads it: run this adapter in fp32, or compress with a larger ridge"
+            )
         if self.not_carried:
             kept = "kept as a LoRA beside it" if self.rest else f"lost: {self.total_error:.2e} with them"
             lines.append(f"{len(self.not_carried)} modules are not carried ({kept}): {_some(self.not_carried)}")

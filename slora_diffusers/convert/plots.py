@@ -40,7 +40,9 @@ def plot_errors(sites: Sequence[SiteError], rank: int, path: Path) -> None:
     else:
         axes.set_ylim(0, 1.05)
     axes.set(xlabel="rank of the Serial LoRA", ylabel="relative error  ||S M - D|| / ||D||", xlim=(0, longest - 1))
-    axes.set_title("Compressing a LoRA: error against rank")
+    made = np.array([site.relative_error for site in sites])[:, None]
+    lost = float(np.sqrt((made**2 * sizes**2).sum() / (sizes**2).sum()))
+    axes.set_title(f"Compressing a LoRA to rank {rank}: relative error {lost:.2g}")
     axes.legend(frameon=False)
     _save(figure, path)
 
