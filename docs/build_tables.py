@@ -13,7 +13,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from slora_diffusers import SerialLoraConfig, add_serial_lora
+from slora_diffusers import SerialLoraConfig, add_serial_lora, unload_serial_lora
 from slora_diffusers.architectures import REFUSED, Architecture, Pair
 from slora_diffusers.inject import AddReport
 from slora_diffusers.records import audio, image, video, vision
@@ -96,6 +96,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, object]]] = {
 """Model -> class and configuration, as published."""
 
 
+@cache
 def published(name: str) -> torch.nn.Module:
     """A published model in its real shapes, on the meta device: no weights, no memory."""
     class_name, config = PUBLISHED[name]
@@ -106,7 +107,10 @@ def published(name: str) -> torch.nn.Module:
 @cache
 def count(name: str, rank: int) -> AddReport:
     """The pairs and parameters that an adapter of this rank has in a published model."""
-    return add_serial_lora(published(name), SerialLoraConfig(rank=rank))
+    model = published(name)
+    report = add_serial_lora(model, SerialLoraConfig(rank=rank))
+    unload_serial_lora(model)
+    return report
 
 
 def counts() -> str:

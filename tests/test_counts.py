@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from fractions import Fraction
 
 import pytest
@@ -45,7 +46,7 @@ def test_pairs_and_parameters_are_those_counted_by_hand(name):
 
 @pytest.mark.parametrize("name", list(PAIRS))
 def test_the_lora_beside_it_is_the_one_that_peft_makes(name):
-    model = published(name)
+    model = copy.deepcopy(published(name))
     inject_adapter_in_model(LoraConfig(r=RANK, target_modules=TARGETS), model)
     peft = sum(p.numel() for key, p in model.named_parameters() if "lora_" in key)
     assert count(name, RANK).lora_parameters == peft
