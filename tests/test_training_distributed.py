@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -63,6 +64,11 @@ def test_two_processes_equal_one_at_the_same_global_batch_and_write_one_file(bas
     for key in theirs:
         assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
     assert [path.name for path in (tmp_path / "two").glob("*.safetensors")] == [WEIGHTS]
+    draw = [str(ROOT / "pipelines" / "generate_dit.py"), "--base", str(base), "--labels", "0", "--steps", "2"]
+    fresh = run(*draw, "--adapter", str(tmp_path / "two"), "--output", str(tmp_path / "fresh.png"))
+    assert fresh.returncode == 0, fresh.stderr[-3000:]
+    drawn, in_the_run = (tmp_path / "fresh.png", tmp_path / "two" / "validation" / "images-000004.png")
+    assert list(Image.open(drawn).getdata()) == list(Image.open(in_the_run).getdata())
     assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
 
