@@ -125,7 +125,7 @@ def test_reserved_capacity_refuses_training():
 
 @pytest.mark.parametrize("how", ["whole", "blocks"])
 def test_without_capacity_a_compiled_model_follows_every_change(how, tmp_path):
-    tiny = TINY["SD3Transformer2DModel"]
+    tiny = TINY["DiTTransformer2DModel"]
     a, output_a = saved(tmp_path, tiny, "a", 1, rank=2, inputs=("hidden_states", "attention_output"))
     model = tiny.build()
     base = output_of(model, tiny)

@@ -87,7 +87,7 @@ def test_a_loaded_adapter_is_active_beside_the_others(tmp_path):
     sl.load_serial_lora(model, tmp_path / "a0", "first")
     sl.load_serial_lora(model, tmp_path / "a1")
     assert sl.serial_lora_status(model).active == ["first", "default"]
-    assert torch.allclose(output_of(model, tiny), both, atol=1e-5)
+    assert torch.allclose(output_of(model, tiny), both, atol=1e-4)  # summed in another order
 
 
 def test_weights_per_site_use_patterns_anchored_at_both_ends():
