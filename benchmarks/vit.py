@@ -273,6 +273,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help=".npz with images (N, h, w) uint8 and labels (N,)")
     parser.add_argument("--task", default="classification", choices=("classification", "segmentation"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="learning rates to choose from, instead of each method's own"
+    )
     parser.add_argument("--shots", type=int, default=16, help="training images per class; 0 for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--size", type=int, default=70, help="side of the images in pixels")
@@ -308,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     for method in options.methods:
-        for rate in METHODS[method].rates:
+        for rate in options.rates or METHODS[method].rates:
             do(method, rate, options.seeds[0])
     for seed in options.seeds[1:]:
         for method in options.methods:

@@ -15,8 +15,9 @@ from ..config import SerialLoraConfig
 from ..errors import SerialLoraError
 from ..features import patch_size
 from ..files import WEIGHT_NAME
+from ..heads import open_backbone
 from ..preprocessing import Preprocessing
-from ..vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation, open_backbone
+from ..vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
 from .adapters import ADAPTERS, Adapter, Models
 from .batches import Batch, Batches, Rows, bucket_shapes
 from .data import Item

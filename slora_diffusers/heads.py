@@ -1,0 +1,230 @@
+"""A backbone, a head and the one file that holds the adapter in the one and the weights of the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .config import SerialLoraConfig
+from .errors import AdapterFileError, ArchitectureError, SerialLoraError
+from .files import WEIGHT_NAME, AdapterTensors, check_finite, check_hub_arguments, read_adapter
+from .fuse import fuse_serial_lora
+from .inject import add_serial_lora, unload_serial_lora
+from .io import Source, describe_base, load_serial_lora, new_header, serial_lora_state_dict, write_state
+from .preprocessing import Preprocessing
+
+
+class SerialLoraWithHead(nn.Module):
+    """A backbone, a head over its features, and what goes into their file."""
+
+    task: ClassVar[str]
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        settings: Mapping[str, Any],
+        label_names: Sequence[str],
+        preprocessing: Preprocessing,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.settings = dict(settings)
+        self.label_names = tuple(label_names)
+        self.preprocessing = preprocessing
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.label_names)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the backbone's activations in the backward pass, to save memory."""
+        if hasattr(self.backbone, "set_grad_checkpointing"):  # timm
+            self.backbone.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+        else:
+            settings = {"use_reentrant": False}  # the reentrant kind needs an input that trains
+            self.backbone.gradient_checkpointing_enable(settings)  # pyright: ignore[reportCallIssue]
+
+    def fuse(self) -> nn.Module:
+        """Merge the adapter into the backbone for good, `W' = W (I + sBA)`; the model is plain PyTorch from here on.
+
+        Returns:
+            The model itself. Save its `state_dict()`, or the backbone with its own `save_pretrained`.
+        """
+        if getattr(self.backbone, "_serial_lora", None) is not None:
+            fuse_serial_lora(self.backbone)
+            unload_serial_lora(self.backbone)
+        return self
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        weight_name: str = WEIGHT_NAME,
+        dtype: torch.dtype | None = None,
+        is_main_process: bool = True,
+    ) -> Path:
+        """Write adapter, head, label names and preprocessing to one file; see `save_serial_lora`.
+
+        Raises:
+            AdapterFileError: If a weight is not finite; an earlier file of that name is left as it was.
+        """
+        if getattr(self.backbone, "_serial_lora", None) is not None:
+            adapter = serial_lora_state_dict(self.backbone, adapter_name, "model")
+        else:
+            adapter = AdapterTensors({}, new_header({}))
+        head = {
+            "task": self.task,
+            "settings": self.settings,
+            "label_names": list(self.label_names),
+            "preprocessing": self.preprocessing.to_dict(),
+            "base": _describe(self.backbone),
+        }
+        tensors = {**adapter, **{f"head.{key}": tensor for key, tensor in self.head.state_dict().items()}}
+        state = AdapterTensors(tensors, {**adapter.metadata, "head": head})
+        return write_state(state, save_directory, weight_name, dtype, is_main_process)
+
+    @classmethod
+    def _from_backbone(
+        cls,
+        model_or_id: nn.Module | str | os.PathLike[str],
+        num_labels: int | None,
+        config: SerialLoraConfig | None,
+        settings: dict[str, Any],
+        label_names: Sequence[str] | None,
+        preprocessing: Preprocessing | None,
+        loading: Mapping[str, Any],
+    ) -> Any:
+        names = tuple(label_names) if label_names is not None else tuple(map(str, range(num_labels or 0)))
+        if len(names) < 2 or (num_labels is not None and len(names) != num_labels) or len(set(names)) != len(names):
+            raise SerialLoraError(
+                f"There must be at least two labels, each of its own name: got num_labels={num_labels} and "
+                f"label_names={label_names}."
+            )
+        backbone = cls._open(model_or_id, **loading)
+        if preprocessing is None:
+            preprocessing = Preprocessing.of(model_or_id if not isinstance(model_or_id, nn.Module) else backbone)
+        head = cls._make_head(backbone, len(names), settings, preprocessing)
+        if config is not None:
+            add_serial_lora(backbone, config)
+        else:
+            backbone.requires_grad_(False)
+        return cls(backbone, head, settings, names, preprocessing)
+
+    @staticmethod
+    def _open(
+        model_or_id: nn.Module | str | os.PathLike[str], model_class: str | None = None, **loading: Any
+    ) -> nn.Module:
+        return open_backbone(model_or_id, model_class, **loading)
+
+    @classmethod
+    def _make_head(
+        cls, backbone: nn.Module, classes: int, settings: dict[str, Any], preprocessing: Preprocessing
+    ) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls, source: Source, backbone: nn.Module | str | os.PathLike[str] | None = None, **arguments: Any
+    ) -> Any:
+        """Open what `save_pretrained` wrote, over the base that it was trained on.
+
+        Args:
+            source: File, folder or Hub id.
+            backbone: The base, or its folder or Hub id; by default the one that the file names.
+            **arguments: `weight_name`, `subfolder`, `revision`, ... of the file; the rest goes to the backbone's
+                `from_pretrained`.
+
+        Raises:
+            AdapterFileError: If the file holds no head for this task, or names no base that can be opened.
+        """
+        hub = {key: arguments.pop(key) for key in list(arguments) if _is_hub_argument(key)}
+        tensors = read_adapter(source, **hub)
+        saved = tensors.metadata.get("head")
+        if not saved or saved.get("task") != cls.task:
+            raise AdapterFileError(
+                f"{source} holds {'a head for ' + saved['task'] if saved else 'no head'}, and {cls.__name__} needs one "
+                f"for {cls.task}. An adapter alone goes into a backbone with load_serial_lora()."
+            )
+        base = saved["base"]
+        if backbone is None and not base["name"]:
+            raise AdapterFileError(f"{source} does not say where its {base['class']} came from: pass backbone=.")
+        opened = cls._open(base["name"] if backbone is None else backbone, model_class=base["class"], **arguments)
+        preprocessing = Preprocessing.from_dict(saved["preprocessing"])
+        head = cls._make_head(opened, len(saved["label_names"]), saved["settings"], preprocessing)
+        _load_head(head, tensors)
+        if tensors.component_names():
+            load_serial_lora(opened, tensors)
+        else:
+            opened.requires_grad_(False)
+        return cls(opened, head, saved["settings"], saved["label_names"], preprocessing).eval()
+
+
+def open_backbone(
+    model_or_id: nn.Module | str | os.PathLike[str], model_class: str | None = None, **loading: Any
+) -> nn.Module:
+    """A headless vision backbone; of a model with a text tower too, its vision tower.
+
+    Raises:
+        SerialLoraError: If there is no such model.
+    """
+    model = open_model(model_or_id, model_class, **loading)
+    tower = getattr(model, "vision_model", None) if hasattr(model, "text_model") else None
+    return tower if isinstance(tower, nn.Module) else model
+
+
+def open_model(
+    model_or_id: nn.Module | str | os.PathLike[str], model_class: str | None = None, **loading: Any
+) -> nn.Module:
+    """A model of transformers, opened as `model_class` (by default as AutoModel does), or the one that is given.
+
+    Raises:
+        SerialLoraError: If there is no such model.
+    """
+    if isinstance(model_or_id, nn.Module):
+        model = model_or_id
+    else:
+        import transformers
+
+        opener = getattr(transformers, model_class or "", transformers.AutoModel)
+        try:
+            model = opener.from_pretrained(model_or_id, **{"dtype": torch.float32, **loading})
+        except (OSError, ValueError) as error:
+            raise SerialLoraError(f"{str(model_or_id)!r} is no model that transformers can open: {error}") from error
+    return model
+
+
+def _describe(backbone: nn.Module) -> dict[str, str | None]:
+    try:
+        return describe_base(backbone)
+    except ArchitectureError:  # no record covers it, so it has no adapter: a head alone needs none
+        name = getattr(getattr(backbone, "config", None), "_name_or_path", None) or None
+        return {"class": type(backbone).__name__, "name": name, "fingerprint": None}
+
+
+def _is_hub_argument(name: str) -> bool:
+    try:
+        check_hub_arguments({name: None})
+    except TypeError:
+        return False
+    return True
+
+
+def _load_head(head: nn.Module, tensors: AdapterTensors) -> None:
+    state = {key.removeprefix("head."): tensor for key, tensor in tensors.items() if key.startswith("head.")}
+    check_finite(state)
+    wanted = {key: tuple(tensor.shape) for key, tensor in head.state_dict().items()}
+    given = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if wanted != given:
+        wrong = sorted(set(wanted.items()) ^ set(given.items()))[:4]
+        raise AdapterFileError(
+            f"The file's head does not fit the backbone: {wrong} differ. Pass the base it was made for."
+        )
+    head.load_state_dict(state)
