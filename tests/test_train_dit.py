@@ -7,7 +7,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from PIL import Image
@@ -22,15 +21,9 @@ from slora_diffusers.training.run import Run
 from tests.tiny_pipelines import tiny_dit_pipeline
 from train_scripts import train_dit
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 WEIGHTS = "serial_lora_weights.safetensors"
 QUIET = ["--validation_steps", "0", "--checkpointing_steps", "0", "--train_batch_size", "3", "--rank", "4"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

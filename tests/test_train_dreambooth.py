@@ -18,6 +18,7 @@ from slora_diffusers.training.objectives import Diffusion, RectifiedFlow
 from tests.tiny_pipelines import tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
 from train_scripts import train_dreambooth_flux, train_dreambooth_pixart, train_dreambooth_sd3
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 RECIPES = {
     "sd3": train_dreambooth_sd3,
     "flux": train_dreambooth_flux,
@@ -29,13 +30,6 @@ QUICK = {
     "rank": 4, "train_batch_size": 2, "resolution": 32, "validation_steps": 0, "checkpointing_steps": 0,
     "max_train_steps": 3, "validation_inference_steps": 2, "num_validation_images": 2, "max_sequence_length": 16,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import argparse
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from slora_diffusers.errors import SerialLoraError
@@ -14,14 +13,8 @@ from slora_diffusers.training.run import Run
 from tests.tiny_pipelines import tiny_dit_pipeline
 from train_scripts import train_dit
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 WEIGHTS = "serial_lora_weights.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from PIL import Image
@@ -29,17 +28,7 @@ from slora_diffusers.training.cache import vae_factor
 from slora_diffusers.training.data import Item, find_classes, from_tensors
 from slora_diffusers.training.fit import fit
 from slora_diffusers.training.objectives import objective_for
-from slora_diffusers.training.options import (
-    ADAPTER,
-    DATA,
-    MODEL,
-    OBJECTIVE,
-    OPTIMIZER,
-    RUN,
-    make_parser,
-    objective_settings,
-    parse,
-)  # fmt: skip
+from slora_diffusers.training.options import COMMON, make_parser, objective_settings, parse
 from slora_diffusers.training.precision import load_pipeline
 from slora_diffusers.training.preflight import check_sites
 from slora_diffusers.training.run import Run
@@ -87,12 +76,10 @@ def keep_labels(transformer: nn.Module) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, and give the path of what was trained."""
-    groups = (MODEL, ADAPTER, DATA, DIT, OPTIMIZER, OBJECTIVE, RUN)
-    options = parse(make_parser(__doc__ or "", *groups), argv)
+    options = parse(make_parser(__doc__ or "", COMMON, DIT), argv)
     items, unseen = find_items(options)
     check_sites(DiTTransformer2DModel, options)
     run = Run(options)
-    set_seed(options.seed)  # of the adapter's initial weights: the same on every process
 
     pipe = load_pipeline(DiTPipeline, DiTTransformer2DModel, options, run.weight_dtype).to(run.device)
     run.attach(pipe.transformer)

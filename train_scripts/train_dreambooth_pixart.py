@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 from torch import Tensor
 
@@ -24,17 +23,7 @@ from slora_diffusers import SerialLoraError
 from slora_diffusers.training.batches import Batch
 from slora_diffusers.training.fit import fit
 from slora_diffusers.training.objectives import objective_for
-from slora_diffusers.training.options import (
-    ADAPTER,
-    DATA,
-    MODEL,
-    OBJECTIVE,
-    OPTIMIZER,
-    RUN,
-    make_parser,
-    objective_settings,
-    parse,
-)  # fmt: skip
+from slora_diffusers.training.options import COMMON, make_parser, objective_settings, parse
 from slora_diffusers.training.precision import load_pipeline
 from slora_diffusers.training.preflight import check_sites
 from slora_diffusers.training.run import Run
@@ -64,18 +53,16 @@ def size_conditions(transformer: Any, batch: Batch, like: Tensor) -> dict[str, T
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, and give the path of what was trained."""
-    groups = (MODEL, ADAPTER, DATA, TEXT_TO_IMAGE, OPTIMIZER, OBJECTIVE, RUN)
-    options = parse(make_parser(__doc__ or "", *groups), argv)
+    options = parse(make_parser(__doc__ or "", COMMON, TEXT_TO_IMAGE), argv)
     items, unseen = find_instances(options)
     check_sites(PixArtTransformer2DModel, options)
-    index: Any = DiffusionPipeline.load_config(options.pretrained_model_name_or_path)
+    index: Any = DiffusionPipeline.load_config(options.pretrained_model_name_or_path, revision=options.revision)
     name = index["_class_name"]
     if name not in PIPELINES:
         raise SerialLoraError(
             f"{options.pretrained_model_name_or_path} is a {name}; use one of {', '.join(PIPELINES)}."
         )
     run = Run(options)
-    set_seed(options.seed)  # of the adapter's initial weights: the same on every process
 
     pipe = load_pipeline(PIPELINES[name], PixArtTransformer2DModel, options, run.weight_dtype).to(run.device)
     length = options.max_sequence_length or T5_LENGTHS[name]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
@@ -23,19 +22,7 @@ import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
 from slora_diffusers.training.batches import Batch
 from slora_diffusers.training.fit import fit
 from slora_diffusers.training.objectives import objective_for
-from slora_diffusers.training.options import (
-    ADAPTER,
-    DATA,
-    MODEL,
-    OBJECTIVE,
-    OPTIMIZER,
-    RUN,
-    make_parser,
-    objective_settings,
-    parse,
-    switch,
-    value,
-)  # fmt: skip
+from slora_diffusers.training.options import COMMON, make_parser, objective_settings, parse, switch, value
 from slora_diffusers.training.precision import load_pipeline
 from slora_diffusers.training.preflight import check_sites
 from slora_diffusers.training.run import Run
@@ -79,12 +66,10 @@ def encode_clip(
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, and give the path of what was trained."""
-    groups = (MODEL, ADAPTER, DATA, TEXT_TO_IMAGE, SD3, OPTIMIZER, OBJECTIVE, RUN)
-    options = parse(make_parser(__doc__ or "", *groups), argv)
+    options = parse(make_parser(__doc__ or "", COMMON, TEXT_TO_IMAGE, SD3), argv)
     items, unseen = find_instances(options)
     check_sites(SD3Transformer2DModel, options)
     run = Run(options)
-    set_seed(options.seed)  # of the adapter's initial weights: the same on every process
 
     pipe = load_pipeline(StableDiffusion3Pipeline, SD3Transformer2DModel, options, run.weight_dtype).to(run.device)
     length = options.max_sequence_length or T5_LENGTH

@@ -108,6 +108,7 @@ RUN: Group = (
     ("hub_model_id", value(str, None, "Name on the Hub; that of output_dir by default.")),
     ("hub_token", value(str, None, "Token for the Hub.")),
 )
+COMMON = (*MODEL, *ADAPTER, *DATA, *OPTIMIZER, *OBJECTIVE, *RUN)  # what every recipe of a diffusion transformer has
 _NOT_SAVED = frozenset({"config", "hub_token"})
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -55,6 +55,7 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         check_options(options)
         self.options = options
+        set_seed(options.seed)  # of the adapter's initial weights: the same on every process
         self.output_dir = Path(options.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
