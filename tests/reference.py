@@ -88,6 +88,11 @@ def places(model: nn.Module, optional: bool = False) -> dict[str, tuple[nn.Modul
     }
 
 
+def pair_names(model: nn.Module, optional: bool) -> list[str]:
+    """The names of a model's pairs, for `SerialLoraConfig.inputs`."""
+    return list(dict.fromkeys(row.name for _, row in places(model, optional).values()))
+
+
 def width(site: nn.Module, row: Row) -> int:
     """d, what the row's projections read."""
     return site.get_submodule(row.projections[0]).in_features

@@ -13,15 +13,11 @@ import slora_diffusers as sl
 from slora_diffusers.processors import SerialLoraAttnProcessor
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.ops import count_ops
-from tests.reference import FAMILIES, fuse_by_hand, output64, places, terms_of, wrap
+from tests.reference import FAMILIES, fuse_by_hand, output64, pair_names, places, terms_of, wrap
 from tests.tiny_models import TINY
 
 SCALE = 6 / 4  # of add_random_adapter's alpha and rank
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def all_pairs(model):
-    return list(dict.fromkeys(row.name for _, row in places(model, optional=True).values()))
 
 
 def base_state(model):
@@ -51,7 +47,7 @@ def test_live_equals_fused_equals_the_equation(name, optional):
     tiny = TINY[name]
     model, reference = tiny.build(), tiny.build()
     base = output64(tiny.build(), tiny.arguments())
-    add_random_adapter(model, **({"inputs": all_pairs(model)} if optional else {}))
+    add_random_adapter(model, inputs=pair_names(model, optional))
     terms = terms_of((sl.serial_lora_state_dict(model), SCALE))
     wrap(reference, terms)
     wanted = output64(reference, tiny.arguments())

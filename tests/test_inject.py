@@ -15,15 +15,10 @@ import slora_diffusers as sl
 from slora_diffusers.processors import SerialLoraAttnProcessor
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.ops import count_casts, count_ops
-from tests.reference import FAMILIES, OPTIONAL, output64, places, terms_of, width, wrap
+from tests.reference import FAMILIES, OPTIONAL, output64, pair_names, places, terms_of, width, wrap
 from tests.tiny_models import TINY
 
 SCALE = 6 / 4  # of add_random_adapter's alpha and rank
-
-
-def inputs_of(model, optional):
-    """The names of the pairs that a family has, for `SerialLoraConfig.inputs`."""
-    return list(dict.fromkeys(row.name for _, row in places(model, optional).values()))
 
 
 def base_hash(model):
@@ -55,7 +50,7 @@ def test_step_zero_equals_the_base_to_the_bit(name, dtype, optional):
         k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in tiny.arguments().items()
     }
     base = output_of(model, tiny, **arguments)
-    sl.add_serial_lora(model, sl.SerialLoraConfig(inputs=inputs_of(model, optional)))
+    sl.add_serial_lora(model, sl.SerialLoraConfig(inputs=pair_names(model, optional)))
     assert torch.equal(output_of(model, tiny, **arguments), base)
 
 
@@ -65,7 +60,7 @@ def test_live_equals_the_equation_in_float64(name, optional):
     tiny = TINY[name]
     model, reference = tiny.build(), tiny.build()
     base = output64(tiny.build(), tiny.arguments())
-    add_random_adapter(model, inputs=inputs_of(model, optional))
+    add_random_adapter(model, inputs=pair_names(model, optional))
     terms = terms_of((sl.serial_lora_state_dict(model), SCALE))
     assert set(terms) == set(places(reference, optional))
     wrap(reference, terms)
