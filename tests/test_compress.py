@@ -186,10 +186,10 @@ class TestStockLora:
             D = torch.cat([deltas[f"{path}.{p}"] for p in ("to_q", "to_k", "to_v")])
             gap = objective(S, D, M[site.key.removeprefix("transformer.")])
             assert site.relative_error == pytest.approx(gap / torch.linalg.norm(D).item(), rel=1e-5)
-            assert site.norm == pytest.approx(float(torch.linalg.norm(D)), rel=1e-5)
+            assert site.norm == pytest.approx(torch.linalg.norm(D).item(), rel=1e-5)
             # Of rank 12 at most, in 96 dimensions that 32 inputs reach: some of it is lost, not all.
             assert 0.1 < site.relative_error < 1
-            lost, whole = lost + gap**2, whole + float(torch.linalg.norm(D)) ** 2
+            lost, whole = lost + gap**2, whole + torch.linalg.norm(D).item() ** 2
         assert report.relative_error == report.total_error == pytest.approx((lost / whole) ** 0.5, rel=1e-5)
 
     def test_errors_fall_with_the_rank_along_the_reported_curve(self, tmp_path):

@@ -32,7 +32,7 @@ def load_base(base: str, dtype: str = "float32") -> Any:
     if base == DEMO and not Path(base).exists():
         from ..demo.adapt import load_base as load_demo
 
-        return load_demo().to(kind)
+        return load_demo() if kind == torch.float32 else load_demo().to(kind)
     folder = Path(base)
     if folder.exists() and not folder.is_dir():
         raise SerialLoraError(f"--base is a pipeline's or a model's folder, or a Hub id; {base} is a file.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +145,7 @@ def compress_lora(
 
     Source: Eckart and Young for the closed form; the ridge is Tikhonov's.
     """
-    check_rank(rank)
-    if not isinstance(ridge, int | float) or not 0 < ridge < 1:
-        raise SerialLoraError(f"ridge must lie between 0 and 1; got {ridge!r}.")
+    _check_arguments(rank, ridge)
     models, pipeline = components_of(model)
     lora = read_lora(lora_source, models, weight_name, **hub)
     slots = {c: _slots_with_parts(models[c], modules, inputs) for c, modules in lora.modules.items()}
@@ -157,12 +155,7 @@ def compress_lora(
     name = adapter_name or free_name(registry_of(models[work[0][0]], create=True))
     for component in dict.fromkeys(component for component, _ in work):
         check_new_name(registry_of(models[component], create=True), name)
-    pairs: Products = {}
-    sites = []
-    for component, slot in track(work, f"Compressing to rank {rank}"):
-        solved = _compress_slot(models[component], slot, lora.modules[component], rank, ridge)
-        pairs.setdefault(component, {})[slot.key] = solved[0]
-        sites.append(SiteError(f"{component}.{slot.key}", solved[0].rank, *solved[1:]))
+    pairs, sites = _compress_slots(models, work, lora, rank, ridge, track)
     plans = [plan_load(models[c], as_adapter(models[c], c, found), c, name) for c, found in pairs.items()]
     rest = _rest_of(lora, work)
     files = _write_rest(rest, Path(keep_rest), models, pipeline) if keep_rest is not None and rest else []
@@ -171,6 +164,29 @@ def compress_lora(
     for plan in plans:
         plan.apply(1.0)
     return _report(name, sites, lora, rest, files, sum(plan.report.parameters for plan in plans))
+
+
+def _check_arguments(rank: int, ridge: float) -> None:
+    check_rank(rank)
+    if not isinstance(ridge, int | float) or not 0 < ridge < 1:
+        raise SerialLoraError(f"ridge must lie between 0 and 1; got {ridge!r}.")
+
+
+def _compress_slots(
+    models: Mapping[str, nn.Module],
+    work: Sequence[tuple[str, Slot]],
+    lora: ReadLora,
+    rank: int,
+    ridge: float,
+    track: Track,
+) -> tuple[Products, list[SiteError]]:
+    pairs: Products = {}
+    sites = []
+    for component, slot in track(work, f"Compressing to rank {rank}"):
+        M, site = _compress_slot(models[component], slot, lora.modules[component], rank, ridge)
+        pairs.setdefault(component, {})[slot.key] = M
+        sites.append(replace(site, key=f"{component}.{slot.key}"))
+    return pairs, sites
 
 
 def closed_form(S: Tensor, D: LowRank, rank: int | None, ridge: float = RIDGE) -> tuple[LowRank, Tensor]:
@@ -201,8 +217,8 @@ def closed_form(S: Tensor, D: LowRank, rank: int | None, ridge: float = RIDGE) -
 
 def _compress_slot(
     model: nn.Module, slot: Slot, modules: Mapping[str, LowRank], rank: int, ridge: float
-) -> tuple[LowRank, float, float, float, tuple[float, ...]]:
-    """M in fp32, its relative error, ||D||_F, ||M||_2 and the error at every rank."""
+) -> tuple[LowRank, SiteError]:
+    """M in fp32, and how well it does."""
     for projection in slot.projections:
         check_plain(slot, projection, "compress")
     weights = base_weights(model, [slot])[0]
@@ -216,7 +232,7 @@ def _compress_slot(
     left = (norm**2 - torch.cat([sigma.new_zeros(1), sigma.square().cumsum(0)])).clamp_min(0).sqrt()
     curve = tuple((left / norm).tolist()) if norm else (0.0,)
     error = gap.norm() / norm if norm else 0.0
-    return LowRank(M.A.cpu(), M.B.cpu()), error, norm, M.singular_values()[0].item(), curve
+    return LowRank(M.A.cpu(), M.B.cpu()), SiteError(slot.key, M.rank, error, norm, M.singular_values()[0].item(), curve)
 
 
 def _stacked(slot: Slot, modules: Mapping[str, LowRank], S: Tensor) -> LowRank:

@@ -19,7 +19,7 @@ from ..layer import SerialLoraPair
 from ..registry import Weights, names_with_weights, pairs_of, registry_of, weight_at
 from ..sites import Slot, find_slots, unwrap
 from .formats import Target, as_kohya, check_format, unread_by_diffusers, write_lora
-from .lowrank import LowRank, Products, Track, check_rank, silently, truncate
+from .lowrank import LowRank, Products, Track, check_rank, silently, size_text, truncate
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class ExportReport:
     errors: dict[str, float]
 
     def __str__(self) -> str:
-        ranks = "-".join(map(str, sorted({min(self.ranks), max(self.ranks)})))
-        text = f"{self.format} LoRA of rank {ranks} on {self.modules} modules, {self.parameters:,} parameters"
-        return text + (f", relative error {self.relative_error:.2e}" if self.errors else ", exact")
+        return f"{self.format} LoRA on {self.modules} modules: {size_text(self)}"
 
 
 def export_lora(
@@ -94,14 +92,7 @@ def export_lora(
     models = {c: m for c, m in models.items() if getattr(unwrap(m), "_serial_lora", None) is not None}
     chosen = _chosen(model_or_pipe, models, adapter_names, weights)
     models = {component: models[component] for component in chosen}
-    origin = {
-        "library_version": library_version(),
-        "components": {
-            component: {"base": describe_base(model), "adapters": {n: _plain(w) for n, w in chosen[component].items()}}
-            for component, model in models.items()
-        },
-    }
-    target = Target(models, pipeline, origin)
+    target = Target(models, pipeline, _origin(models, chosen))
     check_format(format, target)
     _warn_of_no_loader(format, target)
     lora: Products = {c: equivalent_lora(model, chosen[c], format, track) for c, model in models.items()}
@@ -116,6 +107,12 @@ def export_lora(
     ranks = tuple(sorted({part.rank for part in parts}))
     numel = sum(part.numel for part in parts)
     return ExportReport(tuple(files), format, chosen, len(parts), ranks, numel, error, errors)
+
+
+def _origin(models: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, Weights]]) -> dict[str, Any]:
+    adapters = {component: {name: _plain(w) for name, w in names.items()} for component, names in chosen.items()}
+    components = {c: {"base": describe_base(model), "adapters": adapters[c]} for c, model in models.items()}
+    return {"library_version": library_version(), "components": components}
 
 
 def components_of(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:

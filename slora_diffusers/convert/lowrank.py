@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -116,6 +116,26 @@ def below_each_other(parts: Sequence[LowRank | None], rows: Sequence[int]) -> Lo
             B[row : row + height, column : column + part.rank] = part.B
         row += height
     return LowRank(A, B)
+
+
+class _Sized(Protocol):
+    """A report with ranks, parameters, and errors where something was truncated."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def relative_error(self) -> float: ...
+    @property
+    def errors(self) -> dict[str, float]: ...
+
+
+def size_text(report: _Sized) -> str:
+    """Rank, parameters, and how exact, in words."""
+    ranks = "-".join(map(str, sorted({min(report.ranks), max(report.ranks)})))
+    exact = f"relative error {report.relative_error:.2e}" if report.errors else "exact"
+    return f"rank {ranks}, {report.parameters:,} parameters, {exact}"
 
 
 def check_rank(rank: int | None) -> None:

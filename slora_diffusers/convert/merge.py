@@ -17,7 +17,7 @@ from ..registry import Weights, check_new_name, names_with_weights, registry_of,
 from ..sites import unwrap
 from .adapters import adapter_keys, as_adapter, most_common, rank_patterns
 from .export import components_of
-from .lowrank import LowRank, Products, Track, check_rank, silently, total, truncate
+from .lowrank import LowRank, Products, Track, check_rank, silently, size_text, total, truncate
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ class MergeReport:
     errors: dict[str, float]
 
     def __str__(self) -> str:
-        ranks = "-".join(map(str, sorted({min(self.ranks), max(self.ranks)})))
-        text = f"{self.adapter_name}: {self.pairs} pairs of rank {ranks}, {self.parameters:,} parameters"
-        return text + (f", relative error {self.relative_error:.2e}" if self.errors else ", exact")
+        return f"{self.adapter_name}, {self.pairs} pairs: {size_text(self)}"
 
 
 def merge_serial_lora(
