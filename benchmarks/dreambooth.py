@@ -92,7 +92,7 @@ def summary(log: list[dict[str, Any]], out: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Measure, print a table, write the results and give their path."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200, help="Steps on the subject.")
     parser.add_argument("--pretraining_steps", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=RESULTS, help="Folder of dreambooth.json.")

@@ -26,7 +26,7 @@ from slora_diffusers.training.adapters import ADAPTERS
 from slora_diffusers.training.optim import make_optimizer, parameter_groups
 from slora_diffusers.training.precision import trainable
 
-SD3_MEDIUM = {
+SD3_MEDIUM: dict[str, Any] = {
     "sample_size": 128, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
     "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
@@ -38,7 +38,8 @@ OPTIMIZERS = ("adamw", "adamw8bit", "schedulefree", "prodigy")
 def build(adapter: str, rank: int) -> nn.Module:
     """SD3-medium in bf16 with an adapter in fp32, as the recipe trains it, on the meta device."""
     with torch.device("meta"):
-        model = SD3Transformer2DModel(**SD3_MEDIUM).to(torch.bfloat16)
+        model: Any = SD3Transformer2DModel(**SD3_MEDIUM)
+        model = model.to(torch.bfloat16)
         ADAPTERS[adapter].attach(model, SerialLoraConfig(rank=rank))
     return model.train()
 
@@ -119,7 +120,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Measure, print the table, write the results and give their path."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--side", type=int, default=1024, help="Side of the image in pixels.")
     parser.add_argument("--batch", type=int, default=1)

@@ -218,7 +218,7 @@ def test_trained_weights_stay_fp32_in_bf16_runs_also_after_validation(bases, pho
 def test_glyphs_train_on_the_seen_letters_and_validate_on_the_others(bases, tmp_path):
     argv = ["--pretrained_model_name_or_path", str(bases / "flow_prediction"), "--glyphs", "script"]
     argv += ["--output_dir", str(tmp_path), *QUIET, "--glyph_variations", "1", "--max_train_steps", "1"]
-    options = train_dit.parse(train_dit.make_parser("", train_dit.DIT, train_dit.MODEL, train_dit.RUN), argv[:4])
+    options = train_dit.parse(train_dit.make_parser("", train_dit.COMMON, train_dit.DIT), argv[:4])
     items, unseen = train_dit.find_items(options)
     assert {item.label for item in items} == set(range(0, 26, 2))
     assert {item.label for item in unseen} == set(range(1, 26, 2))
@@ -238,7 +238,7 @@ def test_glyphs_train_on_the_seen_letters_and_validate_on_the_others(bases, tmp_
     ],
 )
 def test_mistakes_are_found_before_training(bases, photos, tmp_path, flags, message):
-    with pytest.raises((SerialLoraError, OSError), match=message):
+    with pytest.raises(SerialLoraError, match=message):
         train(bases / "flow_prediction", photos, tmp_path, "--max_train_steps", "1", *flags)
     assert not (tmp_path / WEIGHTS).exists()
 

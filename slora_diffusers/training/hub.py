@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 _CARD = """
 # {name}
 
-{what} for [{base}](https://huggingface.co/{base}), trained with slora_diffusers for {steps} steps at rank {rank}.
+A Serial LoRA adapter for `{base}`, trained with slora_diffusers for {steps} steps at rank {rank}.
 
 ```python
 import slora_diffusers
@@ -30,7 +30,6 @@ def write_card(options: argparse.Namespace, name: str) -> Path:
     text = _CARD.format(
         name=name,
         base=options.pretrained_model_name_or_path,
-        what="A Serial LoRA adapter",
         steps=options.max_train_steps,
         rank=options.rank,
     )

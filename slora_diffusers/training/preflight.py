@@ -33,6 +33,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --no-center_crop.")
     if options.adapter == "full" and options.quantize:
         raise SerialLoraError("--adapter full trains the weights themselves: they cannot be quantized (--quantize).")
+    if options.push_to_hub and options.adapter != "serial":
+        raise SerialLoraError(f"--push_to_hub uploads Serial LoRA adapters; --adapter is {options.adapter}.")
     if options.quantize and not has_gpu():
         raise SerialLoraError(f"--quantize {options.quantize} needs a GPU: diffusers quantizes nowhere else.")
 

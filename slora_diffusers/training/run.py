@@ -74,6 +74,9 @@ class Run:
                 "DeepSpeed keeps the optimizer's state in its engine, so there are no checkpoints to resume from: "
                 "add --checkpointing_steps 0, or launch with DDP or FSDP2."
             )
+        if self._deepspeed:  # which otherwise asks the data loader, and ours is not prepared
+            plugin = self.accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.train_batch_size
         self.start = 0
         if self.accelerator.is_main_process:
             save_options(options, self.output_dir / "config.yaml")

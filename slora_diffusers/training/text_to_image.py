@@ -157,7 +157,7 @@ class Subject:
         options, config, factor = run.options, pipe.transformer.config, vae_factor(pipe.vae)
         self._run, self._pipe, self._items = run, pipe, items
         self._unseen = evenly_spread(unseen, options.validation_loss_images)
-        side = options.resolution or side or config.sample_size * factor
+        side = int(options.resolution or side or config.sample_size * factor)
         token = (patch or config.patch_size) * factor  # pixels
         self.shapes = bucket_shapes(side, options.aspect_ratio_buckets, token)
         # Validation and class images take the square if it is one of the shapes.
