@@ -77,8 +77,8 @@ def keep_labels(transformer: nn.Module) -> None:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, and give the path of what was trained."""
     options = parse(make_parser(__doc__ or "", COMMON, DIT), argv)
-    items, unseen = find_items(options)
     check_sites(DiTTransformer2DModel, options)
+    items, unseen = find_items(options)
     run = Run(options)
 
     pipe = load_pipeline(DiTPipeline, DiTTransformer2DModel, options, run.weight_dtype).to(run.device)
