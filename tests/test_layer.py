@@ -39,7 +39,9 @@ def equation(pair, x, weights=None, scale=1.0):
 
 
 @pytest.mark.parametrize("shape", [(D,), (7, D), (2, 7, D), (2, 3, 5, D)])
-@pytest.mark.parametrize("weights", [{"a0": 1.0}, {"a0": 0.5, "a1": -2.0}, {"a0": 0.3, "a1": 0.7, "a2": 1.1}])
+@pytest.mark.parametrize(
+    "weights", [{"a0": 1.0}, {"a0": -0.7}, {"a0": 0.5, "a1": -2.0}, {"a0": 0.3, "a1": 0.7, "a2": 1.1}]
+)
 def test_the_forward_is_the_equation(shape, weights):
     pair, x = pair_with((4, 2, 3), weights), torch.randn(shape)
     with torch.no_grad():
@@ -98,8 +100,9 @@ def test_a_pair_without_effect_passes_its_input_through(weights):
 
 def test_a_call_scale_multiplies_and_zero_is_the_base():
     pair, x = pair_with((4, 2), {"a0": 1.0, "a1": -0.5}), torch.randn(2, 7, D)
-    with pair.call.changed(scale=0.25):
-        assert torch.allclose(pair(x).double(), equation(pair, x, scale=0.25), atol=1e-5)
+    for scale in (0.25, -0.5):
+        with pair.call.changed(scale=scale):
+            assert torch.allclose(pair(x).double(), equation(pair, x, scale=scale), atol=1e-5)
     with pair.call.changed(scale=0.0):
         assert pair(x) is x
 
