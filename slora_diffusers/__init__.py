@@ -23,6 +23,7 @@ from .io import load_serial_lora, save_serial_lora, serial_lora_state_dict
 from .loader import SerialLoraLoaderMixin
 from .loader import install as _install
 from .processors import SerialLoraAttnProcessor
+from .promptable import SerialLoraForPromptableSegmentation
 from .prompts import SerialLoraForPromptClassification
 from .status import SerialLoraStatus, serial_lora_parameters, serial_lora_status
 from .vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
@@ -40,6 +41,7 @@ __all__ = [
     "SerialLoraError",
     "SerialLoraForImageClassification",
     "SerialLoraForPromptClassification",
+    "SerialLoraForPromptableSegmentation",
     "SerialLoraForSemanticSegmentation",
     "SerialLoraLoaderMixin",
     "SerialLoraStatus",

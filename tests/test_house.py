@@ -27,7 +27,7 @@ FLOORS = (
     ("fuse",),
     ("io",),
     ("convert", "heads"),
-    ("vision", "prompts"),
+    ("vision", "prompts", "promptable"),
     ("loader",),
     ("__init__",),
     ("training",),
