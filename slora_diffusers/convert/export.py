@@ -19,11 +19,11 @@ from ..layer import SerialLoraPair
 from ..registry import Weights, names_with_weights, pairs_of, registry_of, weight_at
 from ..sites import Slot, find_slots, unwrap
 from .formats import Target, as_kohya, check_format, unread_by_diffusers, write_lora
-from .lowrank import LowRank, Products, Track, check_rank, silently, size_text, truncate
+from .lowrank import LowRank, Products, Sized, Track, check_rank, silently, sizes, truncate
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, kw_only=True)
+class ExportReport(Sized):
     """What `export_lora` wrote.
 
     Args:
@@ -31,23 +31,15 @@ class ExportReport:
         format: "diffusers", "peft" or "kohya".
         adapters: {component: {adapter: weight}}.
         modules: Number of modules that the LoRA sits on.
-        ranks: Ranks of its modules, each once.
-        parameters: Its parameters.
-        relative_error: ||dW - dW_r|| / ||dW|| over all modules; 0 unless `rank` truncated it.
-        errors: The same of every module that was truncated.
     """
 
     files: tuple[Path, ...]
     format: str
     adapters: dict[str, dict[str, Weights]]
     modules: int
-    ranks: tuple[int, ...]
-    parameters: int
-    relative_error: float
-    errors: dict[str, float]
 
     def __str__(self) -> str:
-        return f"{self.format} LoRA on {self.modules} modules: {size_text(self)}"
+        return f"{self.format} LoRA on {self.modules} modules: {self.size()}"
 
 
 def export_lora(
@@ -104,9 +96,9 @@ def export_lora(
     _check_finite(lora)
     files = write_lora(lora, Path(save_directory), format, target, weight_name)
     parts = [part for modules in lora.values() for part in modules.values()]
-    ranks = tuple(sorted({part.rank for part in parts}))
-    numel = sum(part.numel for part in parts)
-    return ExportReport(tuple(files), format, chosen, len(parts), ranks, numel, error, errors)
+    return ExportReport(
+        files=tuple(files), format=format, adapters=chosen, modules=len(parts), **sizes(parts, error, errors)
+    )
 
 
 def _origin(models: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, Weights]]) -> dict[str, Any]:

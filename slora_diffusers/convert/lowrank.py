@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,24 +118,34 @@ def below_each_other(parts: Sequence[LowRank | None], rows: Sequence[int]) -> Lo
     return LowRank(A, B)
 
 
-class _Sized(Protocol):
-    """A report with ranks, parameters, and errors where something was truncated."""
+@dataclass(frozen=True, kw_only=True)
+class Sized:
+    """The part of a report that says how large a result is, and how exact.
 
-    @property
-    def ranks(self) -> tuple[int, ...]: ...
-    @property
-    def parameters(self) -> int: ...
-    @property
-    def relative_error(self) -> float: ...
-    @property
-    def errors(self) -> dict[str, float]: ...
+    Args:
+        ranks: Ranks of its products, each once.
+        parameters: Its parameters.
+        relative_error: ||dW - dW_r||_F / ||dW||_F over all products; 0 unless a rank truncated them.
+        errors: The same of every product that was truncated.
+    """
+
+    ranks: tuple[int, ...]
+    parameters: int
+    relative_error: float
+    errors: dict[str, float]
+
+    def size(self) -> str:
+        """Rank, parameters and error in words."""
+        ranks = "-".join(map(str, sorted({min(self.ranks), max(self.ranks)})))
+        exact = f"relative error {self.relative_error:.2e}" if self.errors else "exact"
+        return f"rank {ranks}, {self.parameters:,} parameters, {exact}"
 
 
-def size_text(report: _Sized) -> str:
-    """Rank, parameters, and how exact, in words."""
-    ranks = "-".join(map(str, sorted({min(report.ranks), max(report.ranks)})))
-    exact = f"relative error {report.relative_error:.2e}" if report.errors else "exact"
-    return f"rank {ranks}, {report.parameters:,} parameters, {exact}"
+def sizes(parts: Sequence[LowRank], relative_error: float, errors: dict[str, float]) -> dict[str, Any]:
+    """The fields of `Sized` for these products."""
+    ranks = tuple(sorted({part.rank for part in parts}))
+    numel = sum(part.numel for part in parts)
+    return {"ranks": ranks, "parameters": numel, "relative_error": relative_error, "errors": errors}
 
 
 def check_rank(rank: int | None) -> None:

@@ -17,33 +17,25 @@ from ..registry import Weights, check_new_name, names_with_weights, registry_of,
 from ..sites import unwrap
 from .adapters import adapter_keys, as_adapter, most_common, rank_patterns
 from .export import components_of
-from .lowrank import LowRank, Products, Track, check_rank, silently, size_text, total, truncate
+from .lowrank import LowRank, Products, Sized, Track, check_rank, silently, sizes, total, truncate
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, kw_only=True)
+class MergeReport(Sized):
     """What a merge made.
 
     Args:
         adapter_name: Name of the new adapter.
         weights: {name: weight} of those that went into it.
         pairs: Number of its pairs.
-        ranks: Their ranks, each once.
-        parameters: Its parameters.
-        relative_error: ||BA - (BA)_r||_F / ||BA||_F over all pairs; 0 unless `rank` truncated it.
-        errors: The same of every pair that was truncated.
     """
 
     adapter_name: str
     weights: dict[str, Weights]
     pairs: int
-    ranks: tuple[int, ...]
-    parameters: int
-    relative_error: float
-    errors: dict[str, float]
 
     def __str__(self) -> str:
-        return f"{self.adapter_name}, {self.pairs} pairs: {size_text(self)}"
+        return f"{self.adapter_name}, {self.pairs} pairs: {self.size()}"
 
 
 def merge_serial_lora(
@@ -75,7 +67,7 @@ def merge_serial_lora(
     known = {name for m in models.values() for name in registry_of(m).configs}
     if not chosen or (set(chosen) - known):
         raise AdapterStateError(f"names are to be some of {sorted(known)}; got {list(chosen)}.")
-    plans, ranks, sums = [], [], {}
+    sums: Products = {}
     for component, m in models.items():
         check_new_name(registry_of(m), new_name)
         held = [name for name in chosen if name in registry_of(m).configs]
@@ -83,15 +75,13 @@ def merge_serial_lora(
         if states:
             sums |= weighted_sums(states)
     sums, error, errors = truncate(sums, rank, track)
-    for component, pairs in sums.items():
-        plans.append(plan_load(models[component], as_adapter(models[component], component, pairs), component, new_name))
-        ranks += [part.rank for part in pairs.values()]
+    plans = [plan_load(models[c], as_adapter(models[c], c, pairs), c, new_name) for c, pairs in sums.items()]
     for plan in plans:
         active = dict(plan.registry.active)
         plan.apply(1.0)
         activate(plan.model, active)  # beside those that it sums, it would count twice
-    parameters = sum(plan.report.parameters for plan in plans)
-    return MergeReport(new_name, chosen, len(ranks), tuple(sorted(set(ranks))), parameters, error, errors)
+    parts = [LowRank(A, B) for plan in plans for _, A, B in plan.matrices]
+    return MergeReport(adapter_name=new_name, weights=chosen, pairs=len(parts), **sizes(parts, error, errors))
 
 
 def merge_states(
@@ -123,10 +113,9 @@ def merge_states(
         tensors |= adapter_keys(component, pairs)
         parts += pairs.values()
     merged = AdapterTensors(tensors, new_header(headers))
-    named = {f"{i}": weight for i, weight in enumerate(weights)}
-    ranks = tuple(sorted({part.rank for part in parts}))
-    numel = sum(part.numel for part in parts)
-    return merged, MergeReport("merged", dict(named), len(parts), ranks, numel, error, errors)
+    named: dict[str, Weights] = {f"{i}": weight for i, weight in enumerate(weights)}
+    report = MergeReport(adapter_name="merged", weights=named, pairs=len(parts), **sizes(parts, error, errors))
+    return merged, report
 
 
 def weighted_sums(states: Sequence[tuple[AdapterTensors, Weights]]) -> Products:
