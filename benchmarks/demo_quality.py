@@ -3,8 +3,8 @@
     python benchmarks/demo_quality.py                   # compare at the settled learning rates
     python benchmarks/demo_quality.py --grid            # the small grid that they were picked from
 
-Every method sees the same images, noise and times in the same order. Learning rates are picked on one new style
-("calligraphic") and the comparison is made on another ("script"), so that nothing is tuned on what is reported.
+Every method sees the same images, noise and times in the same order. Learning rates are picked on one new style and
+the comparison is made on another, so that nothing is tuned on what is reported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from slora_diffusers import SerialLoraConfig, add_serial_lora, save_serial_lora
 from slora_diffusers.demo.adapt import FULL, SERIAL, Quality, evaluate, finetune, generate, load_base
 from slora_diffusers.demo.glyphs import NEW_STYLES
 
-TUNED_ON, REPORTED_ON = "calligraphic", "script"
+TUNED_ON, REPORTED_ON = "bold-calligraphic", "calligraphic"
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 Prepare = Callable[[nn.Module, int], None]
 Save = Callable[[nn.Module, Path], object]

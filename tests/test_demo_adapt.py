@@ -21,7 +21,7 @@ from slora_diffusers.demo.adapt import (
 from slora_diffusers.demo.glyphs import CORE_FACES, HELD_OUT_LETTERS, LETTERS, NEW_STYLES, SEEN_LETTERS, glyph_images
 from slora_diffusers.demo.metrics import best_iou, nearest_glyph
 
-STYLE = NEW_STYLES["script"]
+STYLE = NEW_STYLES["calligraphic"]
 
 
 @pytest.fixture(scope="module")

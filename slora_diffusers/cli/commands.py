@@ -47,10 +47,10 @@ def _command(examples: str) -> Any:
 
 
 @_command("""slora demo
-slora demo --style script --output-dir outputs/demo --json""")
+slora demo --style calligraphic --output-dir outputs/demo --json""")
 def demo(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write to.")] = Path("outputs/demo"),
-    style: Annotated[str, typer.Option(help="A style that the built-in base never saw.")] = "script",
+    style: Annotated[str | None, typer.Option(help="A style that the built-in base never saw.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the adapter, the data order and the noise.")] = 0,
     json: Json = False,
     debug: Debug = False,
@@ -58,7 +58,8 @@ def demo(
     """Fine-tune the built-in DiT on a new style, generate, and write a contact sheet, the adapter and metrics."""
     from ..demo.run import run_demo
 
-    result = run_demo(output_dir, style, seed, ERR if json else OUT)
+    chosen = {"style": style} if style is not None else {}
+    result = run_demo(output_dir, seed=seed, console=ERR if json else OUT, **chosen)
     if json:
         show(result, True)
 

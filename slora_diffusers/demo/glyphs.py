@@ -71,8 +71,9 @@ PRETRAINING_FACES = (
 )
 # No script, calligraphic or black-letter face is in the list above, so each of these is new to the base.
 NEW_STYLES = {
+    "calligraphic": Face("Computer Modern calligraphic", "cmsy10"),
+    "bold-calligraphic": Face("STIX bold calligraphic", "STIXNonUniBolIta", 0xE247),
     "script": Face("STIX bold script", "STIXGeneralBolIta", "BOLD SCRIPT"),
-    "calligraphic": Face("STIX bold calligraphic", "STIXNonUniBolIta", 0xE247),
     "fraktur": Face("STIX bold fraktur", "STIXGeneralBol", "BOLD FRAKTUR"),
 }
 

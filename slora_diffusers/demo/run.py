@@ -48,7 +48,7 @@ class DemoResult:
 
 
 def run_demo(
-    output_dir: str | Path = "outputs/demo", style: str = "script", seed: int = 0, console: Console | None = None
+    output_dir: str | Path = "outputs/demo", style: str = "calligraphic", seed: int = 0, console: Console | None = None
 ) -> DemoResult:
     """Fine-tunes the built-in base on half of a new style's letters, and draws all of them before, after and fused.
 
