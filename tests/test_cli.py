@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -269,7 +270,14 @@ class TestDocs:
 
 
 def test_demo_runs_the_demo(monkeypatch, tmp_path):
+    from slora_diffusers.demo.run import run_demo
+
     calls = []
-    monkeypatch.setattr("slora_diffusers.demo.run.run_demo", lambda *a: calls.append(a) or {"rows": []})
+    monkeypatch.setattr(
+        "slora_diffusers.demo.run.run_demo", lambda folder, **o: calls.append((folder, o)) or {"rows": []}
+    )
     assert json.loads(slora("demo", "-o", tmp_path, "--style", "script", "--seed", 3, "--json")) == {"rows": []}
-    assert calls[0][:3] == (tmp_path, "script", 3)
+    assert calls[0][0] == tmp_path
+    assert (calls[0][1]["style"], calls[0][1]["seed"]) == ("script", 3)
+    # The real one takes exactly these.
+    assert set(calls[0][1]) <= set(inspect.signature(run_demo).parameters)

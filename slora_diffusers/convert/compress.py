@@ -204,10 +204,10 @@ def closed_form(S: Tensor, D: LowRank, rank: int | None, ridge: float = RIDGE) -
     S = S.double()
     root = ridge * torch.linalg.matrix_norm(S).item() / S.shape[1] ** 0.5
     ridged = torch.cat([S, root * torch.eye(S.shape[1], dtype=S.dtype, device=S.device)])
-    L = torch.cat([D.B.double(), D.B.new_zeros(ridged.shape[0] - S.shape[0], D.rank, dtype=S.dtype)])  # D = L A
-    Q, C = torch.linalg.qr(ridged)  # S = Q C, so that S S^+ D = Q (Q^T D) and S^+ Q = C^-1
+    C = torch.linalg.qr(ridged, mode="r").R  # S = Q C, so that S S^+ D = Q (Q^T D) and S^+ Q = C^-1
+    Q_D = torch.linalg.solve_triangular(C.T, S.T @ D.B.double(), upper=False)  # Q^T D = (Q_D) A
     Q_A, R_A = torch.linalg.qr(D.A.double().T)
-    U, sigma, Vh = torch.linalg.svd(Q.T @ L @ R_A.T, full_matrices=False)  # Q^T D = U sigma Vh Q_A^T
+    U, sigma, Vh = torch.linalg.svd(Q_D @ R_A.T, full_matrices=False)  # Q^T D = U sigma Vh Q_A^T
     r = min(rank or sigma.shape[0], sigma.shape[0])
     half = sigma[:r].sqrt()
     B = torch.linalg.solve_triangular(C, U[:, :r] * half, upper=True)
