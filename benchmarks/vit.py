@@ -30,7 +30,8 @@ from slora_diffusers.preprocessing import Preprocessing
 from slora_diffusers.training.adapters import PeftLora
 from slora_diffusers.training.few_shot import k_shot
 from slora_diffusers.training.randomness import generator
-from slora_diffusers.vision import IGNORE_INDEX, SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
+from slora_diffusers.training.scores import Overlap, confusion_matrix
+from slora_diffusers.vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
 
 RATES = (1e-3, 3e-3, 6e-3, 1e-2)
 FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
@@ -89,29 +90,20 @@ def read_digits(path: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def classification(options: argparse.Namespace) -> Task:
-    """Digits by class. The first images are for testing, the next for validation, the rest for training."""
+    """Digits by class."""
     images, labels = read_digits(options.data)
     prepare = Preprocessing((options.size, options.size))
 
-    def split(chosen: Sequence[int] | slice) -> Split:
-        grey = torch.from_numpy(images[chosen]).float()[:, None] / 255  # (N, 1, h, w)
+    def split(chosen: Sequence[int]) -> Split:
+        grey = torch.from_numpy(images[list(chosen)]).float()[:, None] / 255  # (N, 1, h, w)
         pixels = F.interpolate(grey, prepare.size, mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
-        return Split(prepare.normalize(pixels), torch.from_numpy(labels[chosen]))
+        return Split(prepare.normalize(pixels), torch.from_numpy(labels[list(chosen)]))
 
-    test, held = options.test_images, options.test_images + options.validation_images
-    rest = labels[held:].tolist()
-    return Task(
-        SerialLoraForImageClassification,
-        10,
-        lambda seed: split([held + i for i in k_shot(rest, options.shots, seed)]),
-        split(slice(test, held)),
-        split(slice(test)),
-        lambda predicted, truth: 100 * (predicted == truth).float().mean().item(),
-    )
+    return task_of(SerialLoraForImageClassification, 10, labels, split, accuracy, options)
 
 
 def segmentation(options: argparse.Namespace) -> Task:
-    """Digits of any colour over crops of photographs: per pixel, background or which digit."""
+    """Coloured digits over crops of a photograph (another one for testing): per pixel, background or which digit."""
     from sklearn.datasets import load_sample_images
 
     images, labels = read_digits(options.data)
@@ -120,7 +112,7 @@ def segmentation(options: argparse.Namespace) -> Task:
 
     def compose(index: int) -> tuple[Tensor, Tensor]:
         draw = generator(0, "scene", index)
-        photo = photographs[index % len(photographs)]
+        photo = photographs[index < options.test_images]
         top, left = (int(torch.randint(n - options.size, (1,), generator=draw)) for n in photo.shape[1:])
         scene = photo[:, top : top + options.size, left : left + options.size].clone()
         side = int(torch.randint(options.size // 2, options.size * 9 // 10, (1,), generator=draw))
@@ -138,27 +130,36 @@ def segmentation(options: argparse.Namespace) -> Task:
         scenes, masks = zip(*map(compose, chosen), strict=True)
         return Split(torch.stack(scenes), torch.stack(masks))
 
+    return task_of(SerialLoraForSemanticSegmentation, 11, labels, split, mean_iou, options)
+
+
+def task_of(
+    heads: type,
+    classes: int,
+    labels: np.ndarray,
+    split: Callable[[Sequence[int]], Split],
+    score: Callable[[Tensor, Tensor], float],
+    options: argparse.Namespace,
+) -> Task:
+    """The first images are for testing, the next for validation, the rest for training."""
     test, held = options.test_images, options.test_images + options.validation_images
     rest = labels[held:].tolist()
-    return Task(
-        SerialLoraForSemanticSegmentation,
-        11,
-        lambda seed: split([held + i for i in k_shot(rest, options.shots, seed)]),
-        split(range(test, held)),
-        split(range(test)),
-        mean_iou,
-    )
+
+    def train(seed: int) -> Split:
+        return split([held + i for i in k_shot(rest, options.shots, seed)])
+
+    return Task(heads, classes, train, split(range(test, held)), split(range(test)), score)
+
+
+def accuracy(predicted: Tensor, truth: Tensor) -> float:
+    """Share of right predictions, in percent."""
+    return 100 * (predicted == truth).float().mean().item()
 
 
 def mean_iou(predicted: Tensor, truth: Tensor) -> float:
     """Mean over the classes that occur of intersection over union, in percent."""
-    counted = truth != IGNORE_INDEX
-    predicted, truth = predicted[counted], truth[counted]
-    ious = [
-        ((predicted == c) & (truth == c)).sum().item() / ((predicted == c) | (truth == c)).sum().item()
-        for c in truth.unique()
-    ]
-    return 100 * statistics.mean(ious)
+    classes = 1 + int(max(predicted.max(), truth.max()))
+    return Overlap.of(confusion_matrix(predicted, truth, classes)).means()["miou"]
 
 
 def build(task: Task, backbone: nn.Module, method: Method, size: int) -> Any:

@@ -1,0 +1,60 @@
+"""benchmarks/vit.py on a tiny backbone: every method runs, costs what it says, and is not done twice."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import vit
+from tests.tiny_vision import VISION
+
+METHODS = ["head", "lora-r2", "serial-r8", "serial-r4+output", "full"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder, r = tmp_path_factory.mktemp("vit"), np.random.default_rng(0)
+    VISION["Dinov2Model"].build().save_pretrained(folder / "base")
+    labels = np.arange(300) % 10
+    images = (r.integers(0, 60, (300, 28, 28)) + 15 * labels[:, None, None]).astype(np.uint8)
+    np.savez(folder / "digits.npz", images=images, labels=labels.astype(np.uint8))
+    return folder
+
+
+def run(files, out, *flags) -> dict:
+    common = ["--model", str(files / "base"), "--data", str(files / "digits.npz"), "--output_dir", str(out)]
+    sizes = ["--size", "16", "--steps", "3", "--batch_size", "8", "--validation_images", "20", "--test_images", "40"]
+    vit.main([*common, *sizes, "--shots", "2", "--seeds", "0", "1", "--rates", "1e-3", "1e-2", *flags])
+    return json.loads(next(out.glob("*.json")).read_text())
+
+
+def test_methods_cost_what_they_say_and_runs_are_kept(files, tmp_path, capsys):
+    results = run(files, tmp_path, "--methods", *METHODS)
+    d, blocks = 16, 2
+    parameters = {name: row["parameters"] for name, row in results["summary"].items()}
+    assert parameters["head"] == 0
+    assert parameters["lora-r2"] == 8 * d * 2 * blocks
+    assert parameters["serial-r8"] == 2 * d * 8 * blocks
+    assert parameters["serial-r4+output"] == 2 * parameters["serial-r8"] / 2
+    assert parameters["full"] == sum(p.numel() for p in VISION["Dinov2Model"].build().parameters())
+    assert results["summary"]["head"]["saved_activations"] < results["summary"]["full"]["saved_activations"]
+    assert len(results["runs"]) == len(METHODS) * 3  # two rates at the first seed, the better one at the second
+    for row in results["summary"].values():
+        first = [r for r in results["runs"] if r["seed"] == 0 and r["parameters"] == row["parameters"]]
+        assert row["rate"] in {r["rate"] for r in first if r["validation"] == max(r["validation"] for r in first)}
+    capsys.readouterr()
+    assert run(files, tmp_path, "--methods", *METHODS)["runs"] == results["runs"]
+    assert capsys.readouterr().out == ""
+
+
+def test_segmentation_scores_masks(files, tmp_path):
+    results = run(files, tmp_path, "--task", "segmentation", "--methods", "serial-r8")
+    assert 0 < results["summary"]["serial-r8"]["mean"] < 100
+
+
+def test_mean_iou_is_the_mean_over_classes():
+    predicted, truth = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
+    assert vit.mean_iou(predicted, truth) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
