@@ -12,7 +12,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 import slora_diffusers as sl
-from slora_diffusers.processors import SerialLoraAttnProcessor
+from slora_diffusers.calls import CallState
+from slora_diffusers.layer import SerialLoraPair
+from slora_diffusers.processors import SerialLoraAttnProcessor, attach
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.ops import count_casts, count_ops
 from tests.reference import FAMILIES, OPTIONAL, output64, pair_names, places, terms_of, width, wrap
@@ -202,6 +204,25 @@ def test_q_k_and_v_read_one_transformed_tensor():
         projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     attention(attention_inputs())
     assert len(seen) == 3 and seen[0] is seen[1] is seen[2]
+
+
+class Heard(nn.Module):
+    def forward(self, query, key, value):
+        return query, key, value
+
+
+def test_one_tensor_passed_as_several_inputs_stays_one():
+    """As nn.MultiheadAttention asks with `query is key`, and because the product is then computed once."""
+    pair, module = SerialLoraPair(8, CallState()), Heard()
+    pair.add("a", torch.randn(2, 8), torch.randn(8, 2), 1.0, 0.0, trainable=False)
+    pair.activate({"a": 1.0})
+    attach(module, {"query": pair, "key": pair, "value": pair})
+    x, y = torch.randn(3, 8), torch.randn(4, 8)
+    query, key, value = module(x, x, value=x)
+    assert query is key is value and torch.equal(query, pair(x))
+    assert count_ops(lambda: module(x, x, x)) == {"mm": 1, "addmm": 1}
+    query, key, value = module(x, key=y, value=y)
+    assert key is value and torch.equal(query, pair(x)) and torch.equal(key, pair(y))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
