@@ -70,7 +70,7 @@ METHODS = {
     "Serial LoRA + output": Method(
         _serial("hidden_states", "attention_output"), save_serial_lora, SERIAL.learning_rate, ADAPTER_GRID
     ),
-    "LoRA (PEFT)": Method(_lora, _save_lora, 3e-3, ADAPTER_GRID),
+    "LoRA (PEFT)": Method(_lora, _save_lora, 1e-2, ADAPTER_GRID),
     "full fine-tuning": Method(lambda model, rank: None, _save_model, FULL.learning_rate, FULL_GRID),
 }
 
