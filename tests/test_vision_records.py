@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from slora_diffusers import (
     SerialLoraConfig,
     add_serial_lora,
     disable_serial_lora,
+    export_lora,
     fuse_serial_lora,
     load_serial_lora,
     save_serial_lora,
@@ -172,3 +174,24 @@ def test_every_class_of_the_records_is_in_a_tiny_model():
 
 def test_timm_imports_without_torchvision():
     assert timm().__version__
+
+
+PAST_THE_LINEAR = ("timm/eva02", "timm/beit", "timm/swinv2")
+"""Attentions that read `qkv.weight` without calling the Linear: a LoRA on it does nothing until it is merged."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in VISION if not name.startswith("nn.") and "/" not in name.removeprefix("timm/")],
+)
+def test_stock_peft_reproduces_the_adapter_from_its_export(name: str, tmp_path):
+    tiny = VISION[name]
+    model = tiny.build()
+    base = tiny.run(model)
+    add_random_adapter(model, None)
+    export_lora(model, tmp_path, format="peft")
+    stock = PeftModel.from_pretrained(tiny.build(), tmp_path)
+    if name in PAST_THE_LINEAR:
+        assert torch.equal(tiny.run(stock), base)
+        stock = stock.merge_and_unload()
+    assert error(tiny.run(stock), tiny.run(model), base) < 1e-3
