@@ -4,7 +4,7 @@
 
 A tiny stock SD3 pipeline is first trained in full on photographs that scikit-image ships, then taught a new subject (a
 cat that it has not seen) from five crops. The loss is the fixed-noise loss on four other crops of the same photograph.
-Every run is a process of its own, so that its peak memory is its own. Each method's learning rate is the best of three.
+Every run is a process of its own, so that its peak memory is its own. Each method's learning rate is the best of two.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.tiny_pipelines import tiny_sd3_pipeline
 ROOT = Path(__file__).parents[1]
 FAMILIAR = {"astronaut": "an astronaut", "coffee": "a cup of coffee", "rocket": "a rocket"}
 SUBJECT = "a photo of sks cat"
-LEARNING_RATES = {"none": (0.0,), "serial": (3e-3, 1e-2, 3e-2), "lora": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)}
+LEARNING_RATES = {"none": (0.0,), "serial": (3e-3, 1e-2), "lora": (3e-3, 1e-2), "full": (3e-4, 1e-3)}
 
 
 def write_crops(name: str, count: int, folder: Path, caption: str | None, seed: int) -> None:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Measure, print a table, write the results and give their path."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200, help="Steps on the subject.")
-    parser.add_argument("--pretraining_steps", type=int, default=1000)
+    parser.add_argument("--pretraining_steps", type=int, default=500)
     parser.add_argument("--output", type=Path, default=RESULTS, help="Folder of dreambooth.json.")
     options = parser.parse_args(argv)
     results: dict[str, Any] = {}

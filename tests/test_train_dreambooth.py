@@ -81,7 +81,7 @@ def test_a_subject_is_learnt_and_a_fresh_pipeline_draws_what_the_run_drew(family
     options = {"max_train_steps": 30, "validation_steps": 30, "learning_rate": 2e-2, "cache_latents": True}
     path = train(family, bases, subject, tmp_path / "learnt", **options)
     learnt = log(tmp_path / "learnt", "validation_loss")
-    assert learnt[30] < 0.97 * learnt[0]
+    assert learnt[30] < 0.9 * learnt[0]
     first, last = (
         np.array(Image.open(tmp_path / "learnt" / "validation" / f"images-{step:06d}.png"), dtype=int)
         for step in (0, 30)
@@ -203,24 +203,20 @@ def test_the_losses_are_a_plain_flow_for_sd3_and_noise_alone_for_pixart(bases, s
     assert isinstance(diffusion, Diffusion) and diffusion.sigma == "ignore" and diffusion.prediction_type == "epsilon"
 
 
-def test_missing_class_images_are_drawn_once_and_prior_preservation_keeps_the_class(bases, subject, tmp_path):
+def test_missing_class_images_are_drawn_once_and_their_loss_is_added_with_its_weight(bases, subject, tmp_path):
     options = {
         "with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a photo of a cat",
-        "num_class_images": 3, "max_train_steps": 30, "learning_rate": 2e-2, "validation_steps": 30,
-        "validation_data_dir": tmp_path / "class", "num_validation_images": 0,
+        "num_class_images": 3, "max_train_steps": 1,
     }  # fmt: skip
-    train(
-        "sd3", bases, subject, tmp_path / "first", **{**options, "max_train_steps": 1, "validation_data_dir": subject}
-    )
-    drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
-    assert sorted(drawn) == ["class-00000.png", "class-00001.png", "class-00002.png"]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train("sd3", bases, subject, tmp_path / "kept", **options, prior_loss_weight=1.0)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train("sd3", bases, subject, tmp_path / "lost", **options, prior_loss_weight=0.0)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn
-    kept, lost = (log(tmp_path / name, "validation_loss") for name in ("kept", "lost"))
-    assert kept[0] == lost[0] and kept[30] < lost[30]
+    losses, drawn = [], []
+    for weight in (0.0, 0.5, 1.0):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train("sd3", bases, subject, tmp_path / str(weight), **options, prior_loss_weight=weight)
+        losses.append(log(tmp_path / str(weight), "loss")[1])
+        drawn.append({path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()})
+    assert sorted(drawn[0]) == ["class-00000.png", "class-00001.png", "class-00002.png"]
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4) and losses[1] > 1.2 * losses[0]
 
 
 def test_text_encoders_learn_too_and_their_own_embeddings_equal_the_pipelines(bases, subject, tmp_path):
