@@ -13,6 +13,7 @@ from pathlib import Path
 import diffusers
 import torch
 
+from benchmarks import report
 from slora_diffusers import SerialLoraConfig, add_serial_lora, unload_serial_lora
 from slora_diffusers.architectures import REFUSED, Architecture, Pair
 from slora_diffusers.inject import AddReport
@@ -153,7 +154,8 @@ def families() -> str:
 REGIONS = {
     ROOT / "docs" / "architectures.md": {"architectures": full_tables, "refusals": refusals},
     ROOT / "docs" / "counts.md": {"counts": counts},
-    ROOT / "README.md": {"architectures": families, "counts": counts},
+    ROOT / "docs" / "benchmarks.md": {"bench-lifecycle": report.lifecycle_table},
+    ROOT / "README.md": {"architectures": families, "counts": counts, "bench-lifecycle": report.lifecycle_table},
 }
 
 
