@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiTPipeline
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -168,19 +169,19 @@ def _write_metrics(path: Path, face: Face, seed: int, rows: Sequence[Row], fused
 
 
 def _summarise(console: Console, face: Face, result: DemoResult) -> None:
-    table = Table(title=f"{face.name}, on the letters never seen in it: {HELD_OUT_LETTERS}")
-    for heading in ("method", "trained", "file", "time", "loss", "IoU", "seen", "right"):
+    table = Table(title=f"{face.name}, on the letters never seen in it: {HELD_OUT_LETTERS}", box=box.SIMPLE_HEAD)
+    for heading in ("method", "trained", "KiB", "s", "loss", "IoU", "seen", "right"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in result.rows:
         q = row.quality
         table.add_row(
-            row.method, f"{row.trainable_parameters:,}", f"{row.file_bytes / 1024:,.0f} KiB",
-            f"{row.training_seconds:.0f} s", f"{q.denoising_loss:.3f}", f"{q.iou:.3f}", f"{q.iou_seen:.3f}",
+            row.method, f"{row.trainable_parameters:,}", f"{row.file_bytes / 1024:,.0f}",
+            f"{row.training_seconds:.0f}", f"{q.denoising_loss:.3f}", f"{q.iou:.3f}", f"{q.iou_seen:.3f}",
             f"{q.right_letter:.0%}",
         )  # fmt: skip
     console.print(table)
     console.print(
-        "loss: denoising, on fixed noise. IoU: best overlap with the true glyph over small shifts, median "
+        "KiB: saved. s: training. loss: denoising, on fixed noise. IoU: best overlap with the true glyph over small shifts, median "
         "(seen: on the letters of the training set). right: nearest glyph of the style is the letter asked for.",
         style="dim",
     )
