@@ -26,7 +26,7 @@ STYLE = NEW_STYLES["calligraphic"]
 
 @pytest.fixture(scope="module")
 def drawn() -> torch.Tensor:
-    """What the base draws: two samples of every letter at guidance 2, (2, 26, 32, 32)."""
+    """What the base draws: two samples of every letter, (2, 26, 32, 32)."""
     return generate(load_base(), range(2))
 
 

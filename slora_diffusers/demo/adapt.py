@@ -27,7 +27,7 @@ from .metrics import best_iou, nearest_glyph
 
 BASE = Path(__file__).parent / "base"
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
-GUIDANCE = 2.5
+GUIDANCE = 4.0  # DiTPipeline's own default
 INFERENCE_STEPS = 20
 
 
@@ -36,7 +36,7 @@ class Setting:
     """How one method is fine-tuned. Every method sees the same images, noise and times in the same order."""
 
     learning_rate: float
-    steps: int = 400
+    steps: int = 200
     batch_size: int = 26
     variations: int = 32  # jittered copies of each letter
     label_dropout: float = 0.1

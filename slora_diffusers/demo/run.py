@@ -170,7 +170,7 @@ def _write_metrics(path: Path, face: Face, seed: int, rows: Sequence[Row], fused
 
 def _summarise(console: Console, face: Face, result: DemoResult) -> None:
     table = Table(title=f"{face.name}, on the letters never seen in it: {HELD_OUT_LETTERS}", box=box.SIMPLE_HEAD)
-    for heading in ("method", "trained", "KiB", "s", "loss", "IoU", "seen", "right"):
+    for heading in ("method", "trained", "KiB", "s", "loss", "IoU", "seen", "hit"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in result.rows:
         q = row.quality
@@ -181,8 +181,9 @@ def _summarise(console: Console, face: Face, result: DemoResult) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(
-        "KiB: saved. s: training. loss: denoising, on fixed noise. IoU: best overlap with the true glyph over small shifts, median "
-        "(seen: on the letters of the training set). right: nearest glyph of the style is the letter asked for.",
+        "KiB: saved. s: training. loss: denoising, on fixed noise. IoU: best overlap with the true glyph over small "
+        "shifts, median (seen: on the letters of the training set). hit: the nearest glyph of the style is the letter "
+        "asked for.",
         style="dim",
     )
     console.print(f"Made in {result.seconds:.0f} s:")
