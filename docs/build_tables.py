@@ -154,8 +154,18 @@ def families() -> str:
 REGIONS = {
     ROOT / "docs" / "architectures.md": {"architectures": full_tables, "refusals": refusals},
     ROOT / "docs" / "counts.md": {"counts": counts},
-    ROOT / "docs" / "benchmarks.md": {"bench-lifecycle": report.lifecycle_table},
-    ROOT / "README.md": {"architectures": families, "counts": counts, "bench-lifecycle": report.lifecycle_table},
+    ROOT / "docs" / "benchmarks.md": {
+        "bench-step": report.step_table,
+        "bench-targets": report.targets_table,
+        "bench-profile": report.profile_table,
+        "bench-lifecycle": report.lifecycle_table,
+    },
+    ROOT / "README.md": {
+        "architectures": families,
+        "counts": counts,
+        "bench-step": report.step_summary,
+        "bench-lifecycle": report.lifecycle_table,
+    },
 }
 
 
