@@ -1,1 +1,1 @@
-"""Measurements against PEFT's LoRA, one script per claim: `python -m benchmarks.step`, `python -m benchmarks.lifecycle`."""
+"""Measurements against PEFT's LoRA, one script per claim: `python -m benchmarks.step`, `benchmarks.lifecycle`, ..."""

@@ -165,10 +165,7 @@ def _overhead(measured: dict[str, Any]) -> str:
 
 def _fused(measured: dict[str, Any]) -> str:
     ratios = {p: m["forward"]["serial_fused"]["over_base"] for p, m in measured.items()}
-    return "<br>".join(
-        f"{p}: {_verdict(r['q1'] <= 1 or r['median'] <= 1.01)}, {_spread(r)}"
-        for p, r in ratios.items()
-    )
+    return "<br>".join(f"{p}: {_verdict(r['q1'] <= 1 or r['median'] <= 1.01)}, {_spread(r)}" for p, r in ratios.items())
 
 
 _TARGETS = {

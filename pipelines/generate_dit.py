@@ -1,6 +1,6 @@
 """Draws images of classes with a DiT and any number of Serial LoRA adapters.
 
-    python pipelines/generate_dit.py --base facebook/DiT-XL-2-256 --adapter outputs/dit --labels 207 360 --fuse
+python pipelines/generate_dit.py --base facebook/DiT-XL-2-256 --adapter outputs/dit --labels 207 360 --fuse
 """
 
 from __future__ import annotations

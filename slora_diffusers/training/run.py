@@ -76,6 +76,7 @@ class Run:
             )
         if self._deepspeed:  # which otherwise asks the data loader, and ours is not prepared
             plugin = self.accelerator.state.deepspeed_plugin
+            assert plugin is not None
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.train_batch_size
         self.start = 0
         if self.accelerator.is_main_process:
