@@ -11,9 +11,11 @@ import weakref
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from torch.utils.flop_counter import FlopCounterMode
 
 import slora_diffusers as sl
 from tests.adapters import add_random_adapter, output_of, traces
+from tests.ops import count_ops
 from tests.tiny_models import TINY
 from tests.tiny_pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
 
@@ -76,6 +78,22 @@ def test_the_order_of_adapters_does_not_change_a_bit():
     one = output_of(model, tiny)
     sl.set_serial_lora(model, ["a2", "a0", "a1"], [0.9, 0.5, 0.7])
     assert torch.equal(output_of(model, tiny), one)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_four_active_adapters_cost_what_one_of_the_summed_rank_costs(name):
+    """The same operations on the same shapes: counted operations and multiply-adds are equal."""
+    tiny, four = loaded(name, 4)  # ranks 2, 3, 4, 5
+    one = tiny.build()
+    add_random_adapter(one, rank=2 + 3 + 4 + 5)
+    output_of(four, tiny)  # the first forward stacks the adapters, once
+    assert count_ops(lambda: output_of(four, tiny)) == count_ops(lambda: output_of(one, tiny))
+    flops = []
+    for model in (four, one):
+        with FlopCounterMode(display=False) as counter:
+            output_of(model, tiny)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1]
 
 
 def test_a_loaded_adapter_is_active_beside_the_others(tmp_path):
