@@ -100,6 +100,31 @@ def lifecycle_table(folder: Path = RESULTS) -> str:
     return f"{caption}\n\n{_table(('', 'Serial LoRA', 'diffusers LoRA', 'Ratio'), rows)}"
 
 
+def quality_table(folder: Path = RESULTS) -> str:
+    """What the methods make of the demo's held-out letters: means over the training seeds."""
+    results = _read("demo_quality", folder)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        runs.setdefault(run["method"], []).append(run)
+    rows = [("base", "0", "", *_quality([results["base"]]))]
+    rows += [
+        (
+            method,
+            f"{same[0]['trainable_parameters']:,}",
+            f"{same[0]['file_bytes'] / 1024:,.0f} KiB",
+            *_quality([run["quality"] for run in same]),
+        )
+        for method, same in runs.items()
+    ]
+    heading = ("", "Trained", "File", "Denoising loss", "IoU", "IoU, seen letters", "Right letter")
+    return _table(heading, rows)
+
+
+def _quality(measured: list[dict[str, float]]) -> tuple[str, ...]:
+    shows = {"denoising_loss": "{:.4f}", "iou": "{:.3f}", "iou_seen": "{:.3f}", "right_letter": "{:.0%}"}
+    return tuple(show.format(sum(m[name] for m in measured) / len(measured)) for name, show in shows.items())
+
+
 def _step_caption(results: dict[str, Any]) -> str:
     blocks = ", ".join(
         f"{case['size']['blocks']} blocks of {model} (width {case['size']['width']}, "

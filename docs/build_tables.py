@@ -163,6 +163,7 @@ REGIONS = {
     ROOT / "README.md": {
         "architectures": families,
         "counts": counts,
+        "demo-quality": report.quality_table,
         "bench-step": report.step_summary,
         "bench-lifecycle": report.lifecycle_table,
     },
