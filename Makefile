@@ -25,6 +25,8 @@ benchmark: $(VENV)/.test ## Measure against PEFT's LoRA; results go to benchmark
 	$(RUN) -m benchmarks.lifecycle
 	$(RUN) -m benchmarks.demo_quality
 	$(RUN) -m benchmarks.training_memory
+	$(RUN) -m benchmarks.dreambooth
+	$(RUN) -m docs.build_tables
 
 lint: $(VENV)/.lint ## Check format, style and types
 	$(BIN)/ruff format --check .
