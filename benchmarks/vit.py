@@ -2,9 +2,9 @@
 
     python -m benchmarks.vit --model DINOV2 --data DIGITS.npz --shots 16 --seeds 0 1 2 3 4
 
-Every method has the same images, order, schedule and small grid of learning rates. The rate is chosen by the accuracy
-on validation images at the first seed; test images are looked at once per seed, with that rate. Every run is written
-as it ends, and a run that is there already is not done again.
+Every method has the same images, order, schedule and small grid of learning rates. The rate is chosen by the mean
+score on validation images over seeds of its own; test images are looked at once per reported seed, with that rate.
+Every run is written as it ends, and a run that is there already is not done again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
 
 from benchmarks.harness import RESULTS, machine, write_results
 from slora_diffusers import SerialLoraConfig
@@ -56,6 +57,7 @@ METHODS = {
     "serial-r8": Method("serial", 8),
     "serial-r4+output": Method("serial", 4, OUTPUT),
     "serial-r8+output": Method("serial", 8, OUTPUT),
+    "serial-r32": Method("serial", 32),
     "serial-r4+output+mlp": Method("serial", 4, (*OUTPUT, "feed_forward")),
     "full": Method("full", rates=FULL_RATES),
 }
@@ -186,13 +188,13 @@ def batches(split: Split, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor
 
 
 def train(model: Any, split: Split, rate: float, seed: int, options: argparse.Namespace, head_rate: float) -> float:
-    """AdamW and a cosine; returns the processor seconds of the median step."""
+    """AdamW, a warm-up and a cosine; returns the processor seconds of the median step."""
     groups = [
         {"params": [p for p in model.backbone.parameters() if p.requires_grad], "lr": rate},
         {"params": list(model.head.parameters()), "lr": head_rate},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(options.warmup * options.steps), options.steps)
     model.train()
     seconds = []
     for _, (images, labels) in zip(range(options.steps), batches(split, options.batch_size, seed), strict=False):
@@ -233,9 +235,9 @@ def saved_bytes(model: Any, split: Split, batch: int) -> int:
 
 
 def run(
-    task: Task, backbone: nn.Module, name: str, rate: float, seed: int, options: argparse.Namespace
+    task: Task, backbone: nn.Module, name: str, rate: float, seed: int, tuning: bool, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train one method once; the scores on validation and test images, and what it cost."""
+    """Train one method once; its score on validation images if it is tuned, else on test images, and what it cost."""
     method, split = METHODS[name], task.train(seed)
     torch.manual_seed(seed)
     model = build(task, backbone, method, options.size)
@@ -243,26 +245,44 @@ def run(
     seconds = train(model, split, rate, seed, options, rate if method.kind == "head" else HEAD_RATE)
     parameters = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
     return {
-        "method": name, "rate": rate, "seed": seed, "parameters": parameters, "bytes": 4 * parameters,
+        "method": name, "rate": rate, "seed": seed, "tuning": tuning, "parameters": parameters, "bytes": 4 * parameters,
         "cpu_seconds_per_step": seconds, "saved_activations": memory,
-        "validation": evaluate(model, task, task.validation), "test": evaluate(model, task, task.test),
+        "score": evaluate(model, task, task.validation if tuning else task.test),
     }  # fmt: skip
 
 
-def summarise(runs: Sequence[dict[str, Any]], first: int) -> dict[str, Any]:
-    """Per method: the rate that validation chose at the first seed, and mean and standard deviation over seeds."""
+def best_rate(runs: Sequence[dict[str, Any]], name: str) -> float:
+    """The learning rate with the best mean validation score over the tuning seeds."""
+    scores: dict[float, list[float]] = {}
+    for r in runs:
+        if r["method"] == name and r["tuning"]:
+            scores.setdefault(r["rate"], []).append(r["score"])
+    return max(scores, key=lambda rate: statistics.mean(scores[rate]))
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per method: the chosen rate, mean and standard deviation of the test scores over seeds, and the costs.
+
+    `over_lora` is the mean over seeds of the difference to the first LoRA measured, with its standard error.
+    """
+    scores: dict[str, dict[int, float]] = {}
+    for r in sorted((r for r in runs if not r["tuning"]), key=lambda r: r["seed"]):
+        if r["rate"] == best_rate(runs, r["method"]):
+            scores.setdefault(r["method"], {})[r["seed"]] = r["score"]
+    lora = next((own for name, own in scores.items() if METHODS[name].kind == "lora"), {})
     summary = {}
-    for name in dict.fromkeys(r["method"] for r in runs):
-        own = [r for r in runs if r["method"] == name]
-        rate = max((r for r in own if r["seed"] == first), key=lambda r: r["validation"])["rate"]
-        chosen = sorted((r for r in own if r["rate"] == rate), key=lambda r: r["seed"])
-        scores = [r["test"] for r in chosen]
+    for name, own in scores.items():
+        first = next(r for r in runs if r["method"] == name and not r["tuning"])
+        paired = [score - lora[seed] for seed, score in own.items() if seed in lora]
         summary[name] = {
-            "rate": rate,
-            "mean": statistics.mean(scores),
-            "std": statistics.stdev(scores) if len(scores) > 1 else None,
-            "test": scores,
-            **{key: chosen[0][key] for key in ("parameters", "bytes", "cpu_seconds_per_step", "saved_activations")},
+            "rate": best_rate(runs, name),
+            "mean": statistics.mean(own.values()),
+            "std": statistics.stdev(own.values()) if len(own) > 1 else None,
+            "test": list(own.values()),
+            "over_lora": [statistics.mean(paired), statistics.stdev(paired) / len(paired) ** 0.5]
+            if len(paired) > 1
+            else None,
+            **{key: first[key] for key in ("parameters", "bytes", "cpu_seconds_per_step", "saved_activations")},
         }
     return summary
 
@@ -279,8 +299,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--shots", type=int, default=16, help="training images per class; 0 for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--tuning_seeds", type=int, nargs="+", default=[100, 101], help="that choose the rates")
     parser.add_argument("--size", type=int, default=70, help="side of the images in pixels")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps before the full learning rate")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--validation_images", type=int, default=500)
     parser.add_argument("--test_images", type=int, default=3000)
@@ -295,28 +317,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.output_dir / f"{name}.json"
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
 
-    def do(method: str, rate: float, seed: int) -> None:
-        if any((r["method"], r["rate"], r["seed"]) == (method, rate, seed) for r in runs):
+    def do(method: str, rate: float, seed: int, tuning: bool) -> None:
+        if any((r["method"], r["rate"], r["seed"], r["tuning"]) == (method, rate, seed, tuning) for r in runs):
             return
-        runs.append(run(task, backbone, method, rate, seed, options))
+        runs.append(run(task, backbone, method, rate, seed, tuning, options))
         settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
         methods = {key: asdict(METHODS[key]) for key in options.methods}
         settings |= {"model": Path(options.model).name, "data": Path(options.data).name, "output_dir": None}
-        summary = summarise(runs, options.seeds[0])
-        content = {"machine": machine(), "options": settings, "methods": methods, "summary": summary, "runs": runs}
-        write_results(name, content, options.output_dir)
-        last = runs[-1]
-        print(
-            f"{method} rate {rate} seed {seed}: validation {last['validation']:.1f}, test {last['test']:.1f}",
-            flush=True,
-        )
+        content = {"machine": machine(), "options": settings, "methods": methods, "summary": summarise(runs)}
+        write_results(name, content | {"runs": runs}, options.output_dir)
+        print(f"{method} {rate=:g} {seed=} {'validation' if tuning else 'test'} {runs[-1]['score']:.1f}", flush=True)
 
-    for method in options.methods:
-        for rate in options.rates or METHODS[method].rates:
-            do(method, rate, options.seeds[0])
-    for seed in options.seeds[1:]:
+    for seed in options.tuning_seeds:
         for method in options.methods:
-            do(method, summarise(runs, options.seeds[0])[method]["rate"], seed)
+            for rate in options.rates or METHODS[method].rates:
+                do(method, rate, seed, True)
+    for seed in options.seeds:
+        for method in options.methods:
+            do(method, best_rate(runs, method), seed, False)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def files(tmp_path_factory):
 def run(files, out, *flags) -> dict:
     common = ["--model", str(files / "base"), "--data", str(files / "digits.npz"), "--output_dir", str(out)]
     sizes = ["--size", "16", "--steps", "3", "--batch_size", "8", "--validation_images", "20", "--test_images", "40"]
-    vit.main([*common, *sizes, "--shots", "2", "--seeds", "0", "1", "--rates", "1e-3", "1e-2", *flags])
+    vit.main(
+        [*common, *sizes, "--shots", "2", "--seeds", "0", "1", "--tuning_seeds", "7", "--rates", "1e-3", "1e-2", *flags]
+    )
     return json.loads(next(out.glob("*.json")).read_text())
 
 
@@ -41,10 +43,14 @@ def test_methods_cost_what_they_say_and_runs_are_kept(files, tmp_path, capsys):
     assert parameters["serial-r4+output"] == 2 * parameters["serial-r8"] / 2
     assert parameters["full"] == sum(p.numel() for p in VISION["Dinov2Model"].build().parameters())
     assert results["summary"]["head"]["saved_activations"] < results["summary"]["full"]["saved_activations"]
-    assert len(results["runs"]) == len(METHODS) * 3  # two rates at the first seed, the better one at the second
-    for row in results["summary"].values():
-        first = [r for r in results["runs"] if r["seed"] == 0 and r["parameters"] == row["parameters"]]
-        assert row["rate"] in {r["rate"] for r in first if r["validation"] == max(r["validation"] for r in first)}
+    assert len(results["runs"]) == len(METHODS) * 4  # two rates at the tuning seed, the better one at two seeds
+    for name, row in results["summary"].items():
+        tuned = {r["rate"]: r["score"] for r in results["runs"] if r["method"] == name and r["tuning"]}
+        assert tuned[row["rate"]] == max(tuned.values())
+        test = [r["score"] for r in results["runs"] if r["method"] == name and not r["tuning"]]
+        assert row["test"] == test and row["mean"] == pytest.approx(sum(test) / 2)
+    differences = np.subtract(results["summary"]["serial-r8"]["test"], results["summary"]["lora-r2"]["test"])
+    assert results["summary"]["serial-r8"]["over_lora"][0] == pytest.approx(differences.mean())
     capsys.readouterr()
     assert run(files, tmp_path, "--methods", *METHODS)["runs"] == results["runs"]
     assert capsys.readouterr().out == ""
