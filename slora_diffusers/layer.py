@@ -181,9 +181,10 @@ class SerialLoraPair(nn.Module):
         """W' = W (I + sum_i g_i B_i A_i) for W of shape (out, d), computed in fp32 or better, in W's dtype."""
         A, B = self._exact(W, gains)
         fused = torch.empty_like(W)
+        exact = W.new_empty(W[:_ROWS].shape, dtype=A.dtype)  # one for all blocks: fresh memory costs page faults
         for W_i, fused_i in zip(W.split(_ROWS), fused.split(_ROWS), strict=True):
-            exact = W_i.to(A.dtype, copy=True)  # (rows, d)
-            fused_i.copy_(exact.addmm_(exact @ B, A))
+            block = exact[: len(W_i)].copy_(W_i)  # (rows, d)
+            fused_i.copy_(block.addmm_(block @ B, A))
         return fused
 
     @torch.no_grad()
