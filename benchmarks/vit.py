@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import time
@@ -320,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def do(method: str, rate: float, seed: int, tuning: bool) -> None:
         if any((r["method"], r["rate"], r["seed"], r["tuning"]) == (method, rate, seed, tuning) for r in runs):
             return
+        gc.collect()  # adapted models hold references in circles: the last one goes before the next comes
         runs.append(run(task, backbone, method, rate, seed, tuning, options))
         settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
         methods = {key: asdict(METHODS[key]) for key in options.methods}
