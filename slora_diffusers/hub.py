@@ -141,11 +141,12 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload a Serial LoRA adapter",
+    also: Sequence[str] = (),
 ) -> str:
     """Upload a saved adapter, a model card and the pictures of its folder; gives the address of the commit.
 
     Args:
-        file: The adapter's file. Of its folder, only the card and pictures go along.
+        file: The adapter's file. Of its folder, only the card, pictures and what `also` names go along.
         repository: Hub id; `True` takes the folder's name, in the user's own space.
         base_model: As for `write_model_card`, like `prompt` and `tags`.
         prompt: See there.
@@ -155,6 +156,7 @@ def publish(
         revision: Branch.
         create_pr: Whether to open a pull request instead of committing.
         commit_message: Its message.
+        also: Patterns of further files in the folder.
     """
     from huggingface_hub import create_repo, upload_folder
 
@@ -165,7 +167,7 @@ def publish(
     commit = upload_folder(
         repo_id=repo_id,
         folder_path=file.parent,
-        allow_patterns=[file.name, "README.md", *IMAGES],
+        allow_patterns=[file.name, "README.md", *IMAGES, *also],
         token=token,
         revision=revision,
         create_pr=create_pr,

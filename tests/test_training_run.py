@@ -2,12 +2,13 @@
 
 import argparse
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.training import checkpoint, hub
+from slora_diffusers.training import checkpoint
 from slora_diffusers.training.checkpoint import STATE_NAME, find_checkpoint, read_checkpoint, write_checkpoint
 from slora_diffusers.training.run import Run
 from tests.tiny_pipelines import tiny_dit_pipeline
@@ -110,19 +111,22 @@ def test_tensorboard_gets_numbers_and_pictures(base, tmp_path):
     assert [event.step for event in reader.Images("images")] == [0, 2]
 
 
-def test_a_result_is_uploaded_without_caches_and_checkpoints(tmp_path, monkeypatch):
-    calls = {}
-    monkeypatch.setattr(hub, "create_repo", lambda name, **more: argparse.Namespace(repo_id=f"me/{name}"))
-    monkeypatch.setattr(hub, "upload_folder", lambda **more: calls.update(more))
-    options = argparse.Namespace(
-        hub_model_id=None, output_dir=str(tmp_path / "dog"), hub_token="t", max_train_steps=5, rank=4,
-        pretrained_model_name_or_path="some/base",
-    )  # fmt: skip
-    (tmp_path / "dog").mkdir()
-    assert hub.push_to_hub(options) == "me/dog"
-    assert calls["repo_id"] == "me/dog" and {"checkpoint-*", "cache/*"} <= set(calls["ignore_patterns"])
+def test_a_result_is_uploaded_with_its_card_and_without_caches_and_checkpoints(base, tmp_path, monkeypatch):
+    uploads = []
+    monkeypatch.setattr(
+        huggingface_hub, "create_repo", lambda name, **more: argparse.Namespace(repo_id=f"me/{name}", **more)
+    )
+    monkeypatch.setattr(
+        huggingface_hub, "upload_folder", lambda **more: uploads.append(more) or argparse.Namespace(commit_url="")
+    )
+    train(base, tmp_path / "dog", "--max_train_steps", "2", "--push_to_hub", "--hub_token", "t")
+    (upload,) = uploads
+    assert (upload["repo_id"], upload["token"]) == ("me/dog", "t")
+    there = {path.relative_to(tmp_path / "dog") for path in (tmp_path / "dog").rglob("*") if path.is_file()}
+    sent = {str(path) for path in there if any(path.match(pattern) for pattern in upload["allow_patterns"])}
+    assert sent == {WEIGHTS, "README.md", "config.yaml"} and len(there) > len(sent)
     card = (tmp_path / "dog" / "README.md").read_text()
-    assert 'pipe.load_serial_lora("me/dog")' in card and "base_model: some/base" in card
+    assert "pipe.load_serial_lora('me/dog')" in card and str(base) in card
 
 
 def test_a_checkpoint_that_fails_to_be_written_leaves_the_others(tmp_path):

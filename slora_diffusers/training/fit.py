@@ -9,7 +9,6 @@ from PIL import Image
 from torch import Tensor
 
 from .batches import Batch
-from .hub import push_to_hub
 from .objectives import Objective, prior_preservation
 from .run import Run
 from .samples import Samples
@@ -50,7 +49,4 @@ def fit(
     for step in run.steps(samples.read, loss_of):
         if not step.interrupted:
             validate(step.number)
-    path = run.finish()
-    if options.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(options)
-    return path
+    return run.finish()

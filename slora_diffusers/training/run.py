@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import SerialLoraError
+from ..hub import PROMPT, publish
 from . import checkpoint
 from .adapters import ADAPTERS
 from .batches import Batch
@@ -256,9 +257,15 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> Path:
-        """Save the adapter to `output_dir`; every process calls. Gives what was written."""
+        """Save the adapter to `output_dir`, and upload it if asked; every process calls. Gives what was written."""
+        options, main = self.options, self.accelerator.is_main_process
         with self.evaluation():
-            path = self.adapter.save(self.models, self.output_dir, self.accelerator.is_main_process)
+            path = self.adapter.save(self.models, self.output_dir, main)
+        if options.push_to_hub and main:
+            prompt = getattr(options, "validation_prompt", None) or getattr(options, "instance_prompt", None) or PROMPT
+            settings = {"base_model": options.pretrained_model_name_or_path, "prompt": prompt}
+            also = ("config.yaml", "validation/*")
+            publish(path, options.hub_model_id or True, **settings, token=options.hub_token, also=also)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return path

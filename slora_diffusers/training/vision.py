@@ -21,7 +21,6 @@ from ..vision import SerialLoraForImageClassification, SerialLoraForSemanticSegm
 from .adapters import ADAPTERS, Adapter, Models
 from .batches import Batch, Batches, Rows, bucket_shapes
 from .data import Item
-from .hub import push_to_hub
 from .labelled import Fetch
 from .options import ADAPTER, MODEL, OPTIMIZER, RUN, Group, make_parser, parse, switch, value
 from .precision import trainable
@@ -195,6 +194,4 @@ def fit(
             break
     stopping.restore()
     run.finish()
-    if options.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(options)
     return scores
