@@ -120,6 +120,89 @@ def quality_table(folder: Path = RESULTS) -> str:
     return _table(heading, rows)
 
 
+VIT_TASKS = {
+    "1 shot": "vit_classification_1shot",
+    "4 shots": "vit_classification_4shot",
+    "16 shots": "vit_classification_16shot",
+    "all images": "vit_classification_0shot",
+    "segmentation": "vit_segmentation_16shot",
+}
+VIT_KINDS = {"head": "the head alone", "lora": "PEFT's LoRA", "serial": "Serial LoRA", "full": "full fine-tuning"}
+
+
+def vit_scores_table(folder: Path = RESULTS) -> str:
+    """Test scores of every method on a pretrained ViT: mean and deviation over seeds."""
+    return _vit_table(folder, lambda row: f"{row['mean']:.1f} ± {row['std']:.1f}")
+
+
+def vit_differences_table(folder: Path = RESULTS) -> str:
+    """The same as differences to the larger LoRA with the same seeds: mean and its standard error."""
+    return _vit_table(folder, lambda row: "{:+.1f} ± {:.1f}".format(*row["over_lora"]))
+
+
+def vit_costs_table(folder: Path = RESULTS) -> str:
+    """What every method costs at 16 shots, and the learning rates that it chose."""
+    tasks = {task: _read(name, folder) for task, name in VIT_TASKS.items()}
+    results = tasks["16 shots"]
+    rows = [
+        (
+            _vit_method(results["methods"][name]),
+            _megabytes(row["bytes"]),
+            f"{row['cpu_seconds_per_step']:.3f} s",
+            _megabytes(row["saved_activations"]),
+            ", ".join(f"{r['summary'][name]['rate']:g}" if name in r["summary"] else "-" for r in tasks.values()),
+        )
+        for name, row in results["summary"].items()
+    ]
+    heading = ("", "Adapter, fp32", "Processor time per step", "Activations kept", f"Rates: {', '.join(tasks)}")
+    return _table(heading, rows)
+
+
+def _vit_table(folder: Path, show: Callable[[dict[str, Any]], str]) -> str:
+    tasks = {task: _read(name, folder) for task, name in VIT_TASKS.items()}
+    everything = tasks["16 shots"]
+    rows = [
+        (
+            _vit_method(everything["methods"][name]),
+            f"{row['parameters']:,}",
+            *(show(r["summary"][name]) if name in r["summary"] else "" for r in tasks.values()),
+        )
+        for name, row in everything["summary"].items()
+    ]
+    return _table(("", "Trained in the backbone", *tasks), rows)
+
+
+def _vit_method(method: dict[str, Any]) -> str:
+    optional = [name.replace("_", " ") for name in (method["inputs"] or ())[1:]]
+    rank = f", r = {method['rank']}" if method["rank"] else ""
+    return f"{VIT_KINDS[method['kind']]}{rank}{', with ' if optional else ''}{' and '.join(optional)}"
+
+
+def dreambooth_table(folder: Path = RESULTS) -> str:
+    """A subject learnt by a tiny SD3: loss on unseen images of it, and what that cost."""
+    results = _read("dreambooth", folder)
+    names = {"none": "not trained", "serial": "Serial LoRA", "lora": "PEFT's LoRA", "full": "full fine-tuning"}
+    rows = [
+        (
+            name,
+            f"{r['learning_rate']:g}",
+            f"{r['loss']:.4f}",
+            f"{r['steps_per_second']:.1f}",
+            f"{r['peak_memory'] / 1e6:,.0f} MB",
+            f"{r['parameters']:,}",
+            f"{r['file_bytes']:,}",
+        )
+        for method, name in names.items()
+        for r in [results[method]]
+    ]
+    heading = ("", "Rate", "Loss", "Steps per s", "Peak memory", "Trained parameters", "File bytes")
+    before, without, preserved = (results["class_loss"][name] for name in ("base", "without_prior", "with_prior"))
+    return (
+        f"{_table(heading, rows)}\n\nLoss on a class that the base knows: {before:.4f} before, {without:.4f} after "
+        f"{results['steps']} steps on the subject, {preserved:.4f} with prior preservation."
+    )
+
+
 def _quality(measured: list[dict[str, float]]) -> tuple[str, ...]:
     shows = {"denoising_loss": "{:.4f}", "iou": "{:.3f}", "iou_seen": "{:.3f}", "right_letter": "{:.0%}"}
     return tuple(show.format(sum(m[name] for m in measured) / len(measured)) for name, show in shows.items())
