@@ -160,6 +160,11 @@ REGIONS = {
         "bench-profile": report.profile_table,
         "bench-lifecycle": report.lifecycle_table,
     },
+    ROOT / "docs" / "vision.md": {
+        "vit-scores": report.vit_scores_table,
+        "vit-differences": report.vit_differences_table,
+        "vit-costs": report.vit_costs_table,
+    },
     ROOT / "README.md": {
         "architectures": families,
         "counts": counts,

@@ -12,55 +12,70 @@ from PIL import Image
 from rich.console import Console
 
 from slora_diffusers import SerialLoraError
-from slora_diffusers.demo import adapt, run
-from slora_diffusers.demo.glyphs import LETTERS
-from slora_diffusers.demo.sheet import CELL, contact_sheet
+from slora_diffusers.demo import adapt, generation, run
+from slora_diffusers.demo.sheet import BAD, CELL, GOOD, Cell, contact_sheet
 
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(run, "SERIAL", replace(run.SERIAL, steps=3, batch_size=4, variations=2))
-    monkeypatch.setattr(run, "FULL", replace(run.FULL, steps=2, batch_size=4, variations=2))
-    monkeypatch.setattr(run, "SEEDS", range(1))
+    monkeypatch.setattr(generation, "SERIAL", replace(generation.SERIAL, steps=3, batch_size=4, variations=2))
+    monkeypatch.setattr(generation, "FULL", replace(generation.FULL, steps=2, batch_size=4, variations=2))
+    monkeypatch.setattr(generation, "SEEDS", range(1))
     monkeypatch.setattr(adapt, "INFERENCE_STEPS", 2)
 
 
 def test_demo_makes_what_it_says(tmp_path, short):
     console = Console(file=io.StringIO(), width=160)
-    result = run.run_demo(tmp_path / "demo", console=console)
+    result = run.run_demo(tmp_path / "demo", console=console, part="generation")
     printed = console.file.getvalue()
-    for path in (result.sheet, result.adapter, result.metrics):
+    assert list(result.files) == ["contact sheet", "adapter", "metrics"] and result.vision is None
+    for path in result.files.values():
         assert path.exists() and str(path) in printed
-    with Image.open(result.sheet) as sheet:
+    made = result.generation
+    with Image.open(made.sheet) as sheet:
         assert sheet.format == "PNG" and min(sheet.size) > 500
 
     metrics = json.loads(result.metrics.read_text())
     base, serial, fused, full = metrics["rows"]
-    assert [row["method"] for row in metrics["rows"]] == [row.method for row in result.rows]
+    assert [row["method"] for row in metrics["rows"]] == [row.method for row in made.rows]
     assert serial["quality"]["denoising_loss"] == pytest.approx(fused["quality"]["denoising_loss"], rel=1e-3)
     assert metrics["largest_pixel_difference_live_fused"] < 1e-3
     assert base["trainable_parameters"] == 0 < serial["trainable_parameters"] < full["trainable_parameters"] / 10
-    assert serial["file_bytes"] == (result.adapter / "serial_lora_weights.safetensors").stat().st_size
+    assert serial["file_bytes"] == (made.adapter / "serial_lora_weights.safetensors").stat().st_size
     assert full["file_bytes"] > 4 * full["trainable_parameters"]
 
     pipe = DiTPipeline.from_pretrained(adapt.BASE)
-    report = pipe.load_serial_lora(result.adapter)
+    report = pipe.load_serial_lora(made.adapter)
     assert report["transformer"].parameters == serial["trainable_parameters"]
 
 
-def test_unknown_style_is_refused_before_anything_is_made(tmp_path):
-    with pytest.raises(SerialLoraError, match=r"calligraphic, .*script.*'comic'"):
-        run.run_demo(tmp_path / "demo", style="comic")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"style": "comic"}, r"calligraphic, .*script.*'comic'"), ({"part": "half"}, r"all, generation, vision.*'half'")],
+)
+def test_unknown_style_or_part_is_refused_before_anything_is_made(tmp_path, wrong, message):
+    with pytest.raises(SerialLoraError, match=message):
+        run.run_demo(tmp_path / "demo", **wrong)
     assert not (tmp_path / "demo").exists()
 
 
-def test_sheet_shows_every_row_and_letter_where_it_belongs(tmp_path):
-    images = torch.zeros(26, 32, 32)
-    images[LETTERS.index("C")] = 1
-    path = contact_sheet(tmp_path / "new" / "sheet.png", "Title", {"one": "AC", "two": "B"}, {"row": images}, ["text"])
+def test_sheet_shows_every_picture_and_caption_where_it_belongs(tmp_path):
+    white, black, red = torch.ones(32, 32), torch.zeros(32, 32), torch.zeros(3, 32, 32)
+    red[0] = 1
+    groups = {
+        "one": {"captions": [Cell(black, "A"), Cell(white, "B", right=False)], "none": [Cell(red)]},
+        "two": {"row": [Cell(white)]},
+    }
+    path = contact_sheet(tmp_path / "new" / "sheet.png", "Title", groups, ["text"])
     with Image.open(path) as sheet:
         pixels = np.asarray(sheet)
-    cells = {name: pixels[y : y + CELL, x : x + CELL] for name, (x, y) in {
-        "A": (270, 100), "C": (340, 100), "B": (270, 224),
-    }.items()}  # fmt: skip
-    assert cells["A"].max() == 0 and cells["B"].max() == 0 and cells["C"].min() == 255
+
+    def cell(x, y):
+        return {tuple(map(int, colour)) for colour in pixels[y : y + CELL, x : x + CELL].reshape(-1, 3)}
+
+    assert cell(270, 100) == {(0, 0, 0)} and cell(340, 100) == {(255, 255, 255)}
+    assert cell(270, 188) == {(255, 0, 0)}  # 18 lower than without captions
+    assert cell(270, 188 + 70 + 14 + 40) == {(255, 255, 255)}
+    below = pixels[164:184]
+    assert (below[:, 270:334] == GOOD).all(-1).any() and (below[:, 340:404] == BAD).all(-1).any()
+    assert not (below[:, 270:334] == BAD).all(-1).any()

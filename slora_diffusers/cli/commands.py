@@ -47,19 +47,21 @@ def _command(examples: str) -> Any:
 
 
 @_command("""slora demo
+slora demo --part vision
 slora demo --style calligraphic --output-dir outputs/demo --json""")
 def demo(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write to.")] = Path("outputs/demo"),
-    style: Annotated[str | None, typer.Option(help="A style that the built-in base never saw.")] = None,
+    style: Annotated[str | None, typer.Option(help="A style that the built-in bases never saw.")] = None,
+    part: Annotated[str, typer.Option(help="generation, vision or all.")] = "all",
     seed: Annotated[int, typer.Option(help="Seed of the adapter, the data order and the noise.")] = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune the built-in DiT on a new style, generate, and write a contact sheet, the adapter and metrics."""
+    """Fine-tune the built-in DiT and ViT on a new style; write pictures, the adapters and metrics."""
     from ..demo.run import run_demo
 
     chosen = {"style": style} if style is not None else {}
-    result = run_demo(output_dir, seed=seed, console=ERR if json else OUT, **chosen)
+    result = run_demo(output_dir, seed=seed, part=part, console=ERR if json else OUT, **chosen)
     if json:
         show(result, True)
 

@@ -20,6 +20,15 @@ def palette(classes: int) -> np.ndarray:
     return np.array([(0, 0, 0), *(tuple(round(255 * c) for c in colour) for colour in colours)], np.uint8)
 
 
+def blend(image: Image.Image, mask: np.ndarray, classes: int, opacity: float) -> Image.Image:
+    """The image with the classes of its mask (H, W) in colour; the first, and pixels of 255, are left clear."""
+    coloured = (mask != 0) & (mask != IGNORE_INDEX)
+    pixels = np.asarray(image.convert("RGB")).astype(np.float64)
+    paint = palette(classes)[np.where(coloured, mask, 0)]
+    mixed = np.where(coloured[..., None], (1 - opacity) * pixels + opacity * paint, pixels)
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
 def overlay(image: Image.Image, mask: np.ndarray, names: Sequence[str], opacity: float = 0.55) -> Image.Image:
     """The image with its classes in colour (the first is left clear), and a legend of those that occur below.
 
@@ -29,14 +38,10 @@ def overlay(image: Image.Image, mask: np.ndarray, names: Sequence[str], opacity:
         names: Names of the classes.
         opacity: Weight of the colours, from 0 to 1.
     """
-    coloured = (mask != 0) & (mask != IGNORE_INDEX)
-    colours = palette(len(names))
-    pixels = np.asarray(image.convert("RGB")).astype(np.float64)
-    paint = colours[np.where(coloured, mask, 0)]
-    mixed = np.where(coloured[..., None], (1 - opacity) * pixels + opacity * paint, pixels)
+    colours, mixed = palette(len(names)), blend(image, mask, len(names), opacity)
     present = [i for i in range(1, len(names)) if (mask == i).any()]
     picture = Image.new("RGB", (image.width, image.height + _ROW * len(present)), "white")
-    picture.paste(Image.fromarray(mixed.round().astype(np.uint8)), (0, 0))
+    picture.paste(mixed, (0, 0))
     draw = ImageDraw.Draw(picture)
     for row, i in enumerate(present):
         y = image.height + row * _ROW
