@@ -36,7 +36,8 @@ from slora_diffusers.training.scores import Overlap, confusion_matrix
 from slora_diffusers.vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
 
 RATES = (1e-3, 3e-3, 6e-3, 1e-2)
-FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
+HEAD_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+FULL_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 HEAD_RATE = 3e-3  # of the new head beside an adapter
 OUTPUT = ("hidden_states", "attention_output")
 
@@ -52,7 +53,7 @@ class Method:
 
 
 METHODS = {
-    "head": Method("head"),
+    "head": Method("head", rates=HEAD_RATES),
     "lora-r8": Method("lora", 8),
     "lora-r2": Method("lora", 2),
     "serial-r8": Method("serial", 8),
@@ -77,6 +78,7 @@ class Task:
     """A head, its data (the training images depend on the seed), and the score of its predictions, in percent."""
 
     heads: type
+    settings: dict[str, Any]
     classes: int
     train: Callable[[int], Split]
     validation: Split
@@ -102,11 +104,11 @@ def classification(options: argparse.Namespace) -> Task:
         pixels = F.interpolate(grey, prepare.size, mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
         return Split(prepare.normalize(pixels), torch.from_numpy(labels[list(chosen)]))
 
-    return task_of(SerialLoraForImageClassification, 10, labels, split, accuracy, options)
+    return task_of(SerialLoraForImageClassification, {}, 10, labels, split, accuracy, options)
 
 
 def segmentation(options: argparse.Namespace) -> Task:
-    """Coloured digits over crops of a photograph (another one for testing): per pixel, background or which digit."""
+    """Coloured digits over crops of a photograph (another one for testing): per pixel, background or digit."""
     from sklearn.datasets import load_sample_images
 
     images, labels = read_digits(options.data)
@@ -126,18 +128,19 @@ def segmentation(options: argparse.Namespace) -> Task:
         window = scene[:, y : y + side, x : x + side]
         window.copy_(window * (1 - alpha) + colour * alpha)
         mask = torch.zeros(options.size, options.size, dtype=torch.long)
-        mask[y : y + side, x : x + side][alpha[0] > 0.5] = int(labels[index]) + 1
+        mask[y : y + side, x : x + side][alpha[0] > 0.5] = 1
         return prepare.normalize(scene), mask
 
     def split(chosen: Sequence[int]) -> Split:
         scenes, masks = zip(*map(compose, chosen), strict=True)
         return Split(torch.stack(scenes), torch.stack(masks))
 
-    return task_of(SerialLoraForSemanticSegmentation, 11, labels, split, mean_iou, options)
+    return task_of(SerialLoraForSemanticSegmentation, {"head": "convolutional", "width": 64}, 2, labels, split, mean_iou, options)
 
 
 def task_of(
     heads: type,
+    settings: dict[str, Any],
     classes: int,
     labels: np.ndarray,
     split: Callable[[Sequence[int]], Split],
@@ -151,7 +154,7 @@ def task_of(
     def train(seed: int) -> Split:
         return split([held + i for i in k_shot(rest, options.shots, seed)])
 
-    return Task(heads, classes, train, split(range(test, held)), split(range(test)), score)
+    return Task(heads, settings, classes, train, split(range(test, held)), split(range(test)), score)
 
 
 def accuracy(predicted: Tensor, truth: Tensor) -> float:
@@ -168,8 +171,9 @@ def mean_iou(predicted: Tensor, truth: Tensor) -> float:
 def build(task: Task, backbone: nn.Module, method: Method, size: int) -> Any:
     """A new head on a copy of the backbone, and the method's adapter."""
     config = SerialLoraConfig(rank=method.rank, inputs=method.inputs) if method.kind == "serial" else None
+    preprocessing = Preprocessing((size, size))
     model = task.heads.from_backbone(
-        copy.deepcopy(backbone), task.classes, config, preprocessing=Preprocessing((size, size))
+        copy.deepcopy(backbone), task.classes, config, preprocessing=preprocessing, **task.settings
     )
     if method.kind == "lora":
         PeftLora().attach(model.backbone, SerialLoraConfig(rank=method.rank))

@@ -266,7 +266,7 @@ def test_encoders_are_gone_while_training_and_a_second_run_reads_the_caches(base
 
     monkeypatch.setattr(train_dreambooth_sd3, "encode_text", watched_encode)
     monkeypatch.setattr(train_dreambooth_sd3, "fit", watched_fit)
-    options = {"cache_latents": True, "cache_dir": tmp_path / "cache"}
+    options = {"cache_latents": True, "encodings_dir": tmp_path / "cache"}
     first = load_file(train("sd3", bases, subject, tmp_path / "a", **options))
     count = len(encoded)
     monkeypatch.setattr(train_dreambooth_sd3, "fit", fit)

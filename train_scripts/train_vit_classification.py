@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = SerialLoraForImageClassification.from_backbone(
         backbone, None, None, pooling=options.pooling, label_names=names, preprocessing=prepare
     )
+    batches = batches_of(run, items, Fetch(prepare, options.smallest_crop, options.random_flip))
     called = prepare_model(run, model)
     labels = torch.tensor([item.label for item in unseen])
 
@@ -96,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             (run.output_dir / "confusion.json").write_text(json.dumps(report))
         return {"top1": top_k_accuracy(logits, labels, 1), "top5": top_k_accuracy(logits, labels, 5)}
 
-    fetch = Fetch(prepare, options.smallest_crop, options.random_flip)
-    return fit(run, batches_of(run, items, fetch), loss_of, evaluate, "top1")
+    return fit(run, batches, loss_of, evaluate, "top1")
 
 
 if __name__ == "__main__":

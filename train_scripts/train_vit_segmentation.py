@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = SerialLoraForSemanticSegmentation.from_backbone(
         backbone, None, None, head=options.head, label_names=names, preprocessing=prepare, **shape
     )
+    batches = batches_of(run, items, Fetch(prepare, options.smallest_crop, options.random_flip, masks))
     called = prepare_model(run, model)
     weights = class_weights(pixel_counts(masks, len(names))).to(run.device) if options.balance_classes else None
 
@@ -90,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         each = {f"iou/{name}": 100 * iou.item() for name, iou in zip(names, overlap.iou, strict=True)}
         return {**overlap.means(), **{name: iou for name, iou in each.items() if iou == iou}}  # NaN: not there
 
-    fetch = Fetch(prepare, options.smallest_crop, options.random_flip, masks)
-    return fit(run, batches_of(run, items, fetch), loss_of, evaluate, "miou")
+    return fit(run, batches, loss_of, evaluate, "miou")
 
 
 if __name__ == "__main__":

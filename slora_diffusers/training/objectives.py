@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from ..errors import SerialLoraError
 
 DENSITIES = ("logit_normal", "uniform", "mode")
+WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 SIGMAS = ("hybrid", "ignore")
 
 
@@ -153,6 +154,8 @@ class RectifiedFlow:
         logit_mean: Mean m of the logit.
         logit_std: Standard deviation s of the logit.
         mode_scale: Scale of the "mode" density.
+        weighting: Weight of a sample: "none" (1), "sigma_sqrt" (sigma^-2) or "cosmap" (2 / (pi (1 - 2 sigma + 2
+            sigma^2))), each as in that paper.
         precondition: Compare predictions of z_0 instead, which weighs a sample by sigma^2.
     """
 
@@ -162,10 +165,12 @@ class RectifiedFlow:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
+    weighting: str = "none"
     precondition: bool = False
 
     def __post_init__(self) -> None:
         _check("density", self.density, DENSITIES)
+        _check("weighting", self.weighting, WEIGHTINGS)
 
     def sample_times(self, draws: Sequence[torch.Generator]) -> Tensor:
         settings = (1, self.logit_mean, self.logit_std, self.mode_scale)
@@ -185,6 +190,7 @@ class RectifiedFlow:
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, times: Tensor) -> Tensor:
         prediction, _ = _split(output.float(), x0.shape[1])
         error = _mean((prediction - (noise - x0.float())) ** 2)
+        error = compute_loss_weighting_for_sd3(self.weighting, times.to(error)) * error
         return times.to(error) ** 2 * error if self.precondition else error
 
 

@@ -16,11 +16,12 @@ import yaml
 
 from ..config import SerialLoraConfig
 from ..errors import SerialLoraError
-from .objectives import DENSITIES
+from .objectives import DENSITIES, WEIGHTINGS
 from .optim import OPTIMIZERS
 from .precision import QUANTIZATIONS
 
 Group = Sequence[tuple[str, dict[str, Any]]]
+SCHEMES = (*DENSITIES, *WEIGHTINGS)
 KINDS = ("serial", "lora", "full")  # of adapters, for a model without a head of its own
 
 
@@ -30,7 +31,7 @@ def switch(help: str, default: bool = False) -> dict[str, Any]:
 
 
 def value(kind: Any, default: Any, help: str, **more: Any) -> dict[str, Any]:
-    """An option that takes a value."""
+    """An option that takes a value; `aliases` are other names for it."""
     return {"type": kind, "default": default, "help": help, **more}
 
 
@@ -38,6 +39,7 @@ MODEL: Group = (
     ("pretrained_model_name_or_path", value(str, None, "Folder or Hub id of the pipeline to adapt.", required=True)),
     ("revision", value(str, None, "Revision on the Hub.")),
     ("variant", value(str, None, "Variant of the weight files, e.g. fp16.")),
+    ("cache_dir", value(str, None, "Folder that files of the Hub are downloaded to.")),
     ("mixed_precision", value(str, "no", "Precision of the forward pass.", choices=("no", "fp16", "bf16"))),
     ("quantize", value(str, None, "Load the base weights quantized.", choices=QUANTIZATIONS)),
     ("gradient_checkpointing", switch("Recompute activations in the backward pass to save memory.")),
@@ -47,8 +49,8 @@ MODEL: Group = (
 ADAPTER: Group = (
     ("adapter", value(str, "serial", "What to train: Serial LoRA, PEFT's LoRA or every weight.", choices=KINDS)),
     ("rank", value(int, 16, "Rank of the adapter.")),
-    ("alpha", value(float, None, "Numerator of the scale alpha / rank; the rank itself by default.")),
-    ("dropout", value(float, 0.0, "Dropout on the adapter's input.")),
+    ("alpha", value(float, None, "Numerator of the scale alpha / rank; the rank itself by default.", aliases=("lora_alpha",))),
+    ("dropout", value(float, 0.0, "Dropout on the adapter's input.", aliases=("lora_dropout",))),
     ("rslora", switch("Scale by alpha / sqrt(rank).")),
     ("inputs", value(str, None, "Attention inputs that get a pair; all by default.", nargs="+")),
     ("targets", value(str, None, "Regular expressions of the attentions to adapt.", nargs="+")),
@@ -61,14 +63,16 @@ DATA: Group = (
     ("random_flip", switch("Mirror half of the images, anew each epoch.")),
     ("center_crop", switch("Cut images from the centre; without, at a random place, anew each epoch.", default=True)),
     ("cache_latents", switch("Encode the images once, before training.")),
-    ("cache_dir", value(str, None, "Folder of the caches; <output_dir>/cache by default.")),
+    ("encodings_dir", value(str, None, "Folder of encoded images and texts; <output_dir>/cache by default.")),
     ("dataloader_num_workers", value(int, 0, "Processes that read images ahead.")),
 )
 OPTIMIZER: Group = (
     ("train_batch_size", value(int, 4, "Samples per step and process.")),
     ("gradient_accumulation_steps", value(int, 1, "Batches per optimizer step.")),
     ("max_train_steps", value(int, 500, "Optimizer steps.")),
+    ("num_train_epochs", value(int, None, "Passes over the images, instead of --max_train_steps.")),
     ("learning_rate", value(float, 1e-4, "Learning rate.")),
+    ("scale_lr", switch("Multiply the learning rate by the samples of a step, over all processes.")),
     ("lora_plus_ratio", value(float, 1.0, "LoRA+: learning rate of B over that of A.")),
     ("lr_scheduler", value(str, "constant", "Schedule of the learning rate, as diffusers names them.")),
     ("lr_warmup_steps", value(int, 0, "Steps of warm-up.")),
@@ -86,7 +90,7 @@ OPTIMIZER: Group = (
 )
 OBJECTIVE: Group = (
     ("snr_gamma", value(float, None, "Gamma of min-SNR weighting, for noise-prediction models.")),
-    ("weighting_scheme", value(str, "logit_normal", "Distribution of a flow's times.", choices=DENSITIES)),
+    ("weighting_scheme", value(str, "logit_normal", "How a flow's times are drawn, or weighted.", choices=SCHEMES)),
     ("logit_mean", value(float, 0.0, "Mean of the logit-normal distribution.")),
     ("logit_std", value(float, 1.0, "Standard deviation of the logit-normal distribution.")),
     ("mode_scale", value(float, 1.29, "Scale of the mode distribution.")),
@@ -103,6 +107,7 @@ RUN: Group = (
     ("checkpointing_steps", value(int, 500, "Write a checkpoint every so many steps; 0 for none.")),
     ("checkpoints_total_limit", value(int, None, "Keep at most so many checkpoints.")),
     ("resume_from_checkpoint", value(str, None, "'latest', or a checkpoint's folder.")),
+    ("logging_dir", value(str, "logs", "Folder of the tracker's files, inside output_dir.")),
     ("report_to", value(str, None, "Tracker: tensorboard, wandb, trackio, ...")),
     ("push_to_hub", switch("Upload the result to the Hub.")),
     ("hub_model_id", value(str, None, "Name on the Hub; that of output_dir by default.")),
@@ -119,7 +124,9 @@ def make_parser(description: str, *groups: Group) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags given beside it win.")
     for name, settings in (option for group in groups for option in group):
-        parser.add_argument(f"--{name}", **settings)
+        names = (name, *settings.get("aliases", ()))
+        settings = {key: setting for key, setting in settings.items() if key != "aliases"}
+        parser.add_argument(*(f"--{alias}" for alias in names), **settings)
     return parser
 
 
@@ -157,7 +164,8 @@ def objective_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options that shape the loss, by the names that `objective_for` takes."""
     return {
         "snr_gamma": options.snr_gamma,
-        "density": options.weighting_scheme,
+        "density": options.weighting_scheme if options.weighting_scheme in DENSITIES else "uniform",
+        "weighting": options.weighting_scheme if options.weighting_scheme in WEIGHTINGS else "none",
         "logit_mean": options.logit_mean,
         "logit_std": options.logit_std,
         "mode_scale": options.mode_scale,
@@ -174,17 +182,17 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         raise SerialLoraError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise SerialLoraError(f"--config {path} must hold 'option: value' lines; got {type(values).__name__}.")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    flags = {flag.removeprefix("--"): action for action in parser._actions for flag in action.option_strings}
+    actions = {flag: action for flag, action in flags.items() if action.dest not in ("help", "config")}
     values = {str(key).replace("-", "_").lstrip("_"): value for key, value in values.items()}
     for key in values:
         if key not in actions:
             near = difflib.get_close_matches(key, actions, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(actions))}."
             raise SerialLoraError(f"--config {path}: unknown option {key!r}; {hint}")
-    for key, value in values.items():
-        values[key] = _checked(actions[key], value, path)
+    for key in values:
         actions[key].required = False
-    return values
+    return {actions[key].dest: _checked(actions[key], value, path) for key, value in values.items()}
 
 
 class _Loader(yaml.SafeLoader):

@@ -50,7 +50,8 @@ def load_pipeline(pipeline_class: Any, transformer_class: Any, options: argparse
         options: They name the checkpoint, its revision and variant, and the quantization.
         dtype: Dtype of the weights.
     """
-    path, where = options.pretrained_model_name_or_path, {"revision": options.revision, "variant": options.variant}
+    path = options.pretrained_model_name_or_path
+    where = {name: getattr(options, name) for name in ("revision", "variant", "cache_dir")}
     quantization = quantization_config(options.quantize, dtype)
     extra = {} if quantization is None else {"quantization_config": quantization}
     transformer = transformer_class.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **where, **extra)

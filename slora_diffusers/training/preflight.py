@@ -14,7 +14,7 @@ from .optim import optimizer_class
 from .options import adapter_config
 from .precision import quantization_config
 
-_AT_LEAST_ONE = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "rank")
+_AT_LEAST_ONE = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "rank")
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -27,8 +27,9 @@ def check_options(options: argparse.Namespace) -> None:
     ADAPTERS[options.adapter].check()
     quantization_config(options.quantize, torch.float32)
     for name in _AT_LEAST_ONE:
-        if getattr(options, name) < 1:
-            raise SerialLoraError(f"--{name} must be at least 1; got {getattr(options, name)}.")
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            raise SerialLoraError(f"--{name} must be at least 1; got {number}.")
     if options.cache_latents and not options.center_crop:
         raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --no-center_crop.")
     if options.adapter == "full" and options.quantize:
@@ -55,8 +56,9 @@ def check_sites(model_class: Any, options: argparse.Namespace) -> None:
         SerialLoraError: If there is no such checkpoint, or no attention matches --inputs, --targets or --layers.
     """
     path = options.pretrained_model_name_or_path
+    where = {"subfolder": "transformer", "revision": options.revision, "cache_dir": options.cache_dir}
     try:
-        config = model_class.load_config(path, subfolder="transformer", revision=options.revision)
+        config = model_class.load_config(path, **where)
     except (OSError, ValueError) as error:
         raise SerialLoraError(
             f"--pretrained_model_name_or_path {path} has no transformer of a pipeline: {error}"

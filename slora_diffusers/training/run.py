@@ -37,7 +37,8 @@ logger: Any = get_logger(__name__)
 # Options that may change when a run is resumed without changing what it computes.
 _FREE_OPTIONS = frozenset({
     *("config", "output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id", "hub_token"),
-    *("validation_steps", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "cache_dir"),
+    *("validation_steps", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers"),
+    *("cache_dir", "encodings_dir", "logging_dir"),
     *("validation_loss_images", "num_validation_images", "validation_inference_steps", "validation_guidance_scale"),
     *("validation_prompt", "validation_labels", "validation_data_dir", "gradient_checkpointing"),
 })  # fmt: skip
@@ -62,7 +63,7 @@ class Run:
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             log_with=options.report_to,
-            project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / "logs")),
+            project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / options.logging_dir)),
         )
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.device = self.accelerator.device
@@ -94,6 +95,12 @@ class Run:
         """Samples that all processes together read at a micro-step."""
         return self.options.train_batch_size * self.accelerator.num_processes
 
+    def count_steps(self, rows: int) -> None:
+        """Set --max_train_steps to what --num_train_epochs over `rows` micro-batches an epoch comes to, if it is given."""
+        options = self.options
+        if options.num_train_epochs is not None:
+            options.max_train_steps = -(-rows * options.num_train_epochs // options.gradient_accumulation_steps)
+
     def attach(self, model: nn.Module) -> None:
         """Add what the run trains to a model, and freeze the rest of it."""
         logger.info(self.adapter.attach(model, adapter_config(self.options)))
@@ -114,7 +121,10 @@ class Run:
         """
         options = self.options
         self.models = dict(models)
-        rates, groups = {**dict.fromkeys(models, options.learning_rate), **(learning_rates or {})}, []
+        rate = options.learning_rate
+        if options.scale_lr:
+            rate *= self.rows * options.gradient_accumulation_steps
+        rates, groups = {**dict.fromkeys(models, rate), **(learning_rates or {})}, []
         for name, model in models.items():
             check_trainables_fp32(trainable([model]))
             parts: dict[str, list[tuple[str, nn.Parameter]]] = {}

@@ -30,9 +30,10 @@ class Samples:
         prior: Sequence[Item] = (),
     ) -> None:  # fmt: skip
         options, accelerator = run.options, run.accelerator
-        cache = TensorCache(options.cache_dir or run.output_dir / "cache") if options.cache_latents else None
+        cache = TensorCache(options.encodings_dir or run.output_dir / "cache") if options.cache_latents else None
         self._latents = Latents(vae, cache, not options.center_crop, options.random_flip, run.device)
         rows = Rows.of(items, shapes, run.rows, options.seed)
+        run.count_steps(rows.per_epoch)
         used = sorted(set(rows.shapes))
         own = [[shape] for shape in rows.shapes]
         fixed = [[shape] for shape in Rows.of(unseen, shapes, 1, options.seed).shapes] if unseen else []

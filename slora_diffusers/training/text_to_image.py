@@ -100,7 +100,7 @@ class Texts:
     def __init__(self, run: Run, pipe: Any, encode: Callable[[str], Tensors], length: int) -> None:
         options = run.options
         self._run, self._encode = run, encode
-        self._cache = TensorCache(options.cache_dir or run.output_dir / "cache")
+        self._cache = TensorCache(options.encodings_dir or run.output_dir / "cache")
         encoders = [pipe.components.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
         made_by = [None if encoder is None else model_key(encoder) for encoder in encoders]
         self._maker = key_of(made_by, length, str(run.weight_dtype))

@@ -34,12 +34,18 @@ _NOT_HERE = {  # options of the diffusion recipes that the training library read
     "cache_latents": False, "center_crop": True, "quantize": None, "variant": None, "validation_loss_images": 0,
     "num_validation_images": 0, "validation_inference_steps": 0, "validation_guidance_scale": 0.0,
 }  # fmt: skip
+# What did best on DINOv2 with few images of each class (docs/vision.md): Serial LoRA takes twice LoRA's rate.
+LEARNING_RATES = {"serial": 6e-3, "lora": 3e-3, "head": 1e-2, "full": 1e-5}
+_RATES = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
+HEAD_LEARNING_RATE = 3e-3  # of the new head beside an adapter
 VISION: Group = (
     ("adapter", value(str, "serial", "What to train beside the head.", choices=ADAPTERS)),
     ("train_data_dir", value(str, None, "Folder of the training images.")),
     ("validation_data_dir", value(str, None, "Folder of the validation images, like --train_data_dir.")),
     ("resolution", value(int, None, "Side of the images in pixels; that of the backbone's pretraining by default.")),
-    ("head_learning_rate", value(float, None, "Learning rate of the head; --learning_rate by default.")),
+    ("learning_rate", value(float, None, f"Learning rate; by default by --adapter: {_RATES}.")),
+    ("head_learning_rate", value(float, None, "Learning rate of the head; 3e-3 by default beside an adapter.")),
+    ("lr_warmup_steps", value(int, None, "Steps of warm-up; a tenth of all by default.")),
     ("smallest_crop", value(float, 0.5, "Smallest share of an image that a random crop keeps; 1 for no crop.")),
     ("random_flip", switch("Mirror half of the images, anew each epoch.")),
     ("early_stopping", value(int, 0, "Stop after so many validations without a better score; 0 for never.")),
@@ -53,11 +59,15 @@ def parse_options(description: str, own: Group, argv: Sequence[str] | None) -> a
     Raises:
         SerialLoraError: If a value is out of range.
     """
-    groups = [[option for option in group if option[0] not in _NOT_HERE] for group in (MODEL, OPTIMIZER, RUN)]
-    adapter = [option for option in ADAPTER if option[0] != "adapter"]
-    parser = make_parser(description, groups[0], adapter, VISION, own, *groups[1:])
-    parser.set_defaults(**_NOT_HERE, learning_rate=3e-3, lr_scheduler="cosine", train_batch_size=16, rank=8)
+    replaced = {*_NOT_HERE, *(name for name, _ in VISION)}
+    groups = [[o for o in group if o[0] not in replaced] for group in (MODEL, ADAPTER, OPTIMIZER, RUN)]
+    parser = make_parser(description, *groups[:2], VISION, own, *groups[2:])
+    parser.set_defaults(**_NOT_HERE, lr_scheduler="cosine", train_batch_size=16, rank=8)
     options = parse(parser, argv)
+    if options.learning_rate is None:
+        options.learning_rate = LEARNING_RATES[options.adapter]
+    if options.head_learning_rate is None:
+        options.head_learning_rate = options.learning_rate if options.adapter == "head" else HEAD_LEARNING_RATE
     if not 0 < options.smallest_crop <= 1:
         raise SerialLoraError(f"--smallest_crop must lie in (0, 1]; got {options.smallest_crop}.")
     if options.early_stopping < 0 or (options.early_stopping and not options.validation_steps):
@@ -113,6 +123,7 @@ def batches_of(run: Run, items: Sequence[Item], fetch: Fetch) -> Callable[[int],
     """Training batches of this process, from a micro-step on."""
     options, accelerator = run.options, run.accelerator
     rows = Rows([fetch.prepare.size] * len(items), run.rows, options.seed)
+    run.count_steps(rows.per_epoch)
     batches = Batches(items, rows, fetch, accelerator.process_index, accelerator.num_processes)
     return lambda start: batches.read(start, options.dataloader_num_workers)
 
@@ -122,8 +133,9 @@ def prepare_model(run: Run, model: ModelWithHead) -> Any:
     options = run.options
     run.adapter = WithHead(run.adapter)
     run.attach(model.to(run.device))
-    rate = options.learning_rate if options.head_learning_rate is None else options.head_learning_rate
-    (prepared,) = run.prepare({"model": model}, {"model.head": rate})
+    if options.lr_warmup_steps is None:
+        options.lr_warmup_steps = options.max_train_steps // 10
+    (prepared,) = run.prepare({"model": model}, {"model.head": options.head_learning_rate})
     return prepared
 
 
