@@ -135,7 +135,9 @@ def segmentation(options: argparse.Namespace) -> Task:
         scenes, masks = zip(*map(compose, chosen), strict=True)
         return Split(torch.stack(scenes), torch.stack(masks))
 
-    return task_of(SerialLoraForSemanticSegmentation, {"head": "convolutional", "width": 64}, 2, labels, split, mean_iou, options)
+    return task_of(
+        SerialLoraForSemanticSegmentation, {"head": "convolutional", "width": 64}, 2, labels, split, mean_iou, options
+    )
 
 
 def task_of(

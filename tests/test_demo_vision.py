@@ -16,7 +16,7 @@ from slora_diffusers.demo import scenes as scenes_module
 from slora_diffusers.demo import vision
 from slora_diffusers.demo.glyphs import LETTERS, NEW_STYLES, glyph_images
 from slora_diffusers.demo.run import run_demo
-from slora_diffusers.demo.scenes import backgrounds, compose, scenes
+from slora_diffusers.demo.scenes import backgrounds, compose, fresh_scenes, scenes
 
 STYLE = NEW_STYLES["script"]
 
@@ -32,6 +32,16 @@ def test_scenes_follow_from_the_seed_and_their_labels_and_masks_from_the_glyphs(
     glyphs, labels = glyph_images([STYLE], LETTERS, 2, 3)
     assert torch.equal(one.labels, labels)
     assert torch.equal(one.masks, (glyphs > 127).long())
+
+
+def test_fresh_scenes_show_every_drawing_once_a_round_and_never_the_same_scene_twice():
+    batches = list(fresh_scenes([STYLE], 2, 13, steps=8, seed=0))
+    assert [len(batch.labels) for batch in batches] == [13] * 8
+    labels, images = torch.cat([b.labels for b in batches]), torch.cat([b.images for b in batches])
+    assert labels[:52].bincount().tolist() == labels[52:].bincount().tolist() == [2] * 26
+    assert len(images.unique(dim=0)) == 104
+    again = next(iter(fresh_scenes([STYLE], 2, 13, steps=8, seed=0)))
+    assert torch.equal(again.images, batches[0].images) and torch.equal(again.masks, batches[0].masks)
 
 
 def test_training_and_judging_never_share_a_pixel_of_the_photograph(monkeypatch):
@@ -83,7 +93,7 @@ def made(tmp_path_factory):
     console = Console(file=io.StringIO(), width=160)
     before = {path.name: path.read_bytes() for path in vision.VIT_BASE.iterdir()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vision, "TRAINING", replace(vision.TRAINING, steps=25, shots=2, test=2))
+        patch.setattr(vision, "TRAINING", replace(vision.TRAINING, steps=25, drawings=2, test=2))
         result = run_demo(folder, part="vision", console=console)
     assert {path.name: path.read_bytes() for path in vision.VIT_BASE.iterdir()} == before
     return result, console.file.getvalue()

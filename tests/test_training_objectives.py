@@ -168,6 +168,23 @@ def test_each_density_has_the_distribution_that_it_is_named_for():
     torch.testing.assert_close(mode.quantile(at), exact.quantile(at), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("weighting", "weight"),
+    [
+        ("none", lambda s: 1.0),
+        ("sigma_sqrt", lambda s: s**-2),
+        ("cosmap", lambda s: 2 / (math.pi * (1 - 2 * s + 2 * s**2))),
+    ],
+)
+def test_a_flow_weighs_samples_as_the_scheme_says(weighting, weight):
+    flow = objective_for(FlowMatchEulerDiscreteScheduler(shift=1.0), density="uniform", weighting=weighting)
+    sigma = torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64)
+    x0, noise, output = torch.randn(3, 3, 2, 4, 4, dtype=torch.float64)
+    expected = weight(sigma) * ((output - (noise - x0)) ** 2).flatten(1).mean(1)
+    loss = flow.loss(output, x0, noise, flow.add_noise(x0, noise, sigma), sigma)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
 def test_diffusion_times_cover_every_timestep_evenly():
     objective = objective_for(ddim())
     times = objective.sample_times(generators(0, "times", 0, range(5000)))
@@ -194,6 +211,7 @@ def test_prior_preservation_adds_the_weighted_mean_of_the_class():
     [
         (lambda: objective_for(FlowMatchEulerDiscreteScheduler(), snr_gamma=5.0), "snr_gamma"),
         (lambda: objective_for(FlowMatchEulerDiscreteScheduler(), density="normal"), "logit_normal, uniform, mode"),
+        (lambda: objective_for(FlowMatchEulerDiscreteScheduler(), weighting="sigma"), "none, sigma_sqrt, cosmap"),
         (lambda: Diffusion(reference_abar()[0], "noise"), "epsilon, v_prediction, sample"),
         (lambda: Diffusion(reference_abar()[0], sigma="both"), "hybrid, ignore"),
     ],

@@ -10,10 +10,12 @@ from slora_diffusers.training.optim import evaluation_weights, make_optimizer, o
 from slora_diffusers.training.options import (
     ADAPTER,
     MODEL,
+    OBJECTIVE,
     OPTIMIZER,
     RUN,
     adapter_config,
     make_parser,
+    objective_settings,
     parse,
     save_options,
 )
@@ -41,6 +43,22 @@ def test_a_file_gives_options_flags_beside_it_win_and_what_was_used_reads_back_t
     save_options(used, tmp_path / "used.yaml")
     again = vars(options("--config", str(tmp_path / "used.yaml")))
     assert {**again, "config": None} == {**vars(used), "config": None}
+
+
+def test_the_names_of_diffusers_scripts_mean_the_same_as_flags_and_in_files(tmp_path):
+    text = "pretrained_model_name_or_path: base\nlora_dropout: 0.1\n"
+    used = options("--config", config_file(tmp_path, text), "--lora_alpha", "4")
+    assert (used.dropout, used.alpha) == (0.1, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "density", "weighting"),
+    [("mode", "mode", "none"), ("none", "uniform", "none"), ("cosmap", "uniform", "cosmap")],
+)
+def test_a_weighting_scheme_draws_times_or_weighs_them(scheme, density, weighting):
+    chosen = parse(make_parser("test", OBJECTIVE), ["--weighting_scheme", scheme])
+    settings = objective_settings(chosen)
+    assert (settings["density"], settings["weighting"]) == (density, weighting)
 
 
 @pytest.mark.parametrize(

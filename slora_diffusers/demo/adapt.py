@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from .glyphs import (
     to_pixels,
 )
 from .metrics import best_iou, nearest_glyph
+from .quiet import quiet
 
 BASE = Path(__file__).parent / "base"
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
@@ -60,7 +60,7 @@ class Quality:
 
 def load_base() -> DiTPipeline:
     """The built-in base model, in fp32, as a stock pipeline."""
-    with _quiet():
+    with quiet(logging):  # a stock model_index.json keeps class ids as text, which it warns of
         pipe = DiTPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.eval()  # so that the label embeddings drop nothing of their own
@@ -155,20 +155,6 @@ def evaluate(pipe: DiTPipeline, images: torch.Tensor, style: Face) -> Quality:
         iou[:, seen].median().item(),
     )
     return Quality(denoising_loss(pipe, style), iou_held_out, iou_seen, right)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bar for five megabytes, and no warning that a stock model_index.json keeps class ids as text."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _ids(letters: str) -> torch.Tensor:

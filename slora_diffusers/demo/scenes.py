@@ -6,7 +6,7 @@ that a model is judged on from its right half.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +47,18 @@ def scenes(faces: Sequence[Face], per_letter: int, seed: int, held_out: bool, le
     draw = torch.Generator().manual_seed(seed)
     images = compose(glyphs, backgrounds(len(glyphs), draw, held_out), draw)
     return Scenes(images, labels, (glyphs > 127).long())
+
+
+def fresh_scenes(faces: Sequence[Face], per_letter: int, batch_size: int, steps: int, seed: int) -> Iterator[Scenes]:
+    """Training batches of `per_letter` drawings of every letter, in new colours and over new crops at every step."""
+    glyphs, labels = glyph_images(faces, LETTERS, per_letter, seed)
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.cat(
+        [torch.randperm(len(glyphs), generator=draw) for _ in range(batch_size * steps // len(glyphs) + 1)]
+    )
+    for chosen in order[: batch_size * steps].split(batch_size):
+        images = compose(glyphs[chosen], backgrounds(len(chosen), draw, held_out=False), draw)
+        yield Scenes(images, labels[chosen], (glyphs[chosen] > 127).long())
 
 
 def compose(glyphs: Tensor, behind: Tensor, draw: torch.Generator) -> Tensor:

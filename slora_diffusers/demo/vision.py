@@ -6,7 +6,7 @@ Its base never saw the style, nor any mask. Heads alone, on the frozen base, sta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from PIL import Image
 from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
+from transformers.utils import logging
 
 from ..config import SerialLoraConfig
 from ..training.pictures import blend
-from ..training.randomness import generator
 from ..training.scores import Overlap, confusion_matrix, top_k_accuracy
 from ..vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
 from .glyphs import HELD_OUT_LETTERS, LETTERS, Face
-from .scenes import Scenes, scenes
+from .quiet import quiet
+from .scenes import Scenes, fresh_scenes, scenes
 from .sheet import Cell, contact_sheet
 
 VIT_BASE = Path(__file__).parent / "vit_base"
@@ -35,7 +36,7 @@ CONFIG = SerialLoraConfig(rank=8)
 class Training:
     """How the heads, and the adapters with them, are trained; every method sees the same scenes in the same order."""
 
-    shots: int = 4  # scenes of each letter
+    drawings: int = 4  # of each letter, in new colours and over new crops at every step
     test: int = 8  # scenes of each letter that the models are judged on
     steps: int = 150
     batch_size: int = 26
@@ -109,18 +110,22 @@ class Vision:
 
 def run_vision(output_dir: Path, face: Face, seed: int, progress: Progress) -> Vision:
     """Trains a classifier and a segmenter of a style's letters, judges them on other scenes, and draws the results."""
-    train, test = (scenes([face], n, seed + i, bool(i)) for i, n in enumerate((TRAINING.shots, TRAINING.test)))
+    test = scenes([face], TRAINING.test, seed + 1, held_out=True)
     rows, models, difference = [], {}, 0.0
     logits: dict[str, dict[str, Tensor]] = {}
     for task in TASKS:
         logits[task.name] = {}
         for method, config in {"head alone": None, "Serial LoRA": CONFIG}.items():
             torch.manual_seed(seed)
-            model = task.heads.from_backbone(VIT_BASE, None, config, **task.settings)
-            seconds = _train(model, task, train, seed, progress.add_task(f"{task.name}, {method}"), progress)
+            with quiet(logging):  # the base has no pooler, which no head reads
+                model = task.heads.from_backbone(VIT_BASE, None, config, **task.settings)
+            batches = fresh_scenes([face], TRAINING.drawings, TRAINING.batch_size, TRAINING.steps, seed)
+            label = f"{task.name}, {method}"
+            seconds = _train(model, task, progress.track(batches, TRAINING.steps, description=label))
             folder = output_dir / task.name / method.replace(" ", "_").lower()
             path = model.save_pretrained(folder)
-            opened = task.heads.from_pretrained(folder, VIT_BASE)  # what it knows comes from the file alone
+            with quiet(logging):
+                opened = task.heads.from_pretrained(folder, VIT_BASE)  # what it knows comes from the file alone
             out = predict(opened, test)
             trained = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
             score = task.score(out, task.truth(test))
@@ -140,10 +145,9 @@ def predict(model: Any, chosen: Scenes) -> Tensor:
     return torch.cat([model.eval()(batch).logits for batch in pixels.split(104)])
 
 
-def _train(model: Any, task: Task, chosen: Scenes, seed: int, bar: Any, progress: Progress) -> float:
+def _train(model: Any, task: Task, batches: Iterable[Scenes]) -> float:
     """AdamW with a warm-up and a cosine; returns the seconds."""
     started = time.time()
-    pixels, truth = model.preprocessing.normalize(chosen.images), task.truth(chosen)
     adapter = [p for p in model.backbone.parameters() if p.requires_grad]
     groups = [
         {"params": adapter, "lr": TRAINING.learning_rate},
@@ -151,17 +155,13 @@ def _train(model: Any, task: Task, chosen: Scenes, seed: int, bar: Any, progress
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, TRAINING.steps // 10, TRAINING.steps)
-    progress.update(bar, total=TRAINING.steps)
     model.train()
-    for step in range(TRAINING.steps):
-        batch = torch.randint(len(pixels), (TRAINING.batch_size,), generator=generator(seed, "vision", step))
-        loss = model(pixels[batch], labels=truth[batch]).loss
-        loss.backward()
+    for batch in batches:
+        model(model.preprocessing.normalize(batch.images), labels=task.truth(batch)).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress.update(bar, advance=1)
     return time.time() - started
 
 
@@ -181,7 +181,7 @@ def _draw_sheet(
         scores = (f"{row.score:.1f} % with {row.method}" for row in rows if row.task == task.name)
         footer.append(f"{task.name}, {task.measure} on {len(test.labels)} scenes never trained on: {', '.join(scores)}")
     groups = {"Which letter is it?": read, "Where is the letter?": marked}
-    title = f"Serial LoRA on a tiny ViT: {face.name}, {TRAINING.shots} scenes of each letter"
+    title = f"Serial LoRA on a tiny ViT: {face.name}, {TRAINING.drawings} drawings of each letter"
     return contact_sheet(path, title, groups, footer)
 
 

@@ -49,7 +49,10 @@ MODEL: Group = (
 ADAPTER: Group = (
     ("adapter", value(str, "serial", "What to train: Serial LoRA, PEFT's LoRA or every weight.", choices=KINDS)),
     ("rank", value(int, 16, "Rank of the adapter.")),
-    ("alpha", value(float, None, "Numerator of the scale alpha / rank; the rank itself by default.", aliases=("lora_alpha",))),
+    (
+        "alpha",
+        value(float, None, "Numerator of the scale alpha / rank; the rank itself by default.", aliases=("lora_alpha",)),
+    ),
     ("dropout", value(float, 0.0, "Dropout on the adapter's input.", aliases=("lora_dropout",))),
     ("rslora", switch("Scale by alpha / sqrt(rank).")),
     ("inputs", value(str, None, "Attention inputs that get a pair; all by default.", nargs="+")),
