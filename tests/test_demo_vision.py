@@ -93,7 +93,7 @@ def made(tmp_path_factory):
     console = Console(file=io.StringIO(), width=160)
     before = {path.name: path.read_bytes() for path in vision.VIT_BASE.iterdir()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vision, "TRAINING", replace(vision.TRAINING, steps=25, drawings=2, test=2))
+        patch.setattr(vision, "TRAINING", replace(vision.TRAINING, steps=80, drawings=2, test=2))
         result = run_demo(folder, part="vision", console=console)
     assert {path.name: path.read_bytes() for path in vision.VIT_BASE.iterdir()} == before
     return result, console.file.getvalue()

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -110,6 +111,23 @@ def test_every_adapter_trains_what_it_says_from_the_same_first_loss(adapter, bas
     assert any(".serial_lora." in key for key in keys) == (adapter == "serial")
     assert (tmp_path / "pytorch_lora_weights.safetensors").exists() == (adapter == "lora")
     assert (tmp_path / "model" / "config.json").exists() == (adapter == "full")
+
+
+@pytest.mark.parametrize(("adapter", "rate"), [("serial", 6e-3), ("lora", 3e-3), ("head", 1e-2)])
+def test_each_adapter_has_its_own_default_rate_after_a_warm_up_of_a_tenth(adapter, rate, base, stripes, tmp_path):
+    classify(base, stripes, tmp_path, "--max_train_steps", "20", "--adapter", adapter, "--shots", "2")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates[:3] == pytest.approx([0, rate / 2, rate])
+    used = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert used["head_learning_rate"] == (1e-2 if adapter == "head" else 3e-3)
+
+
+def test_flags_win_over_the_default_rates(base, stripes, tmp_path):
+    flags = ["--max_train_steps", "2", "--learning_rate", "5e-4", "--lr_warmup_steps", "0", "--shots", "2"]
+    classify(base, stripes, tmp_path, *flags)
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["lr"] == pytest.approx(5e-4)
 
 
 def test_adapters_see_the_same_images_in_the_same_order(base, stripes, tmp_path, monkeypatch):

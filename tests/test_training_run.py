@@ -1,6 +1,7 @@
 """The pieces of a run: the average, the schedule, uploading, compiling, saving what each adapter trains."""
 
 import argparse
+import json
 
 import huggingface_hub
 import pytest
@@ -59,6 +60,22 @@ def test_the_rate_warms_up_and_then_follows_the_cosine(base, tmp_path):
     pi = torch.pi
     expected = [0, 0.005] + [0.01 * 0.5 * (1 + torch.tensor(pi * n / 4).cos().item()) for n in range(4)]
     assert rates == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("epochs", "accumulation", "steps"), [(1, 1, 7), (3, 4, 6)])
+def test_epochs_become_steps_and_the_schedule_ends_with_them(base, tmp_path, epochs, accumulation, steps):
+    """13 glyphs in batches of two: 7 batches an epoch."""
+    flags = ["--num_train_epochs", str(epochs), "--gradient_accumulation_steps", str(accumulation)]
+    train(base, tmp_path, *flags, "--lr_scheduler", "linear", "--checkpointing_steps", "0")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert lines[-1]["lr"] == pytest.approx(0.01 / steps)
+
+
+def test_scale_lr_multiplies_by_the_samples_of_a_step(base, tmp_path):
+    train(base, tmp_path, "--max_train_steps", "1", "--scale_lr", "--gradient_accumulation_steps", "3")
+    (line,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["lr"] == pytest.approx(0.01 * 2 * 3)
 
 
 def test_full_fine_tuning_saves_a_transformer_that_stock_diffusers_loads(base, tmp_path):

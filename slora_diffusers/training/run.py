@@ -96,7 +96,7 @@ class Run:
         return self.options.train_batch_size * self.accelerator.num_processes
 
     def count_steps(self, rows: int) -> None:
-        """Set --max_train_steps to what --num_train_epochs over `rows` micro-batches an epoch comes to, if it is given."""
+        """Turn --num_train_epochs, if it is given, of `rows` micro-batches each, into --max_train_steps."""
         options = self.options
         if options.num_train_epochs is not None:
             options.max_train_steps = -(-rows * options.num_train_epochs // options.gradient_accumulation_steps)
