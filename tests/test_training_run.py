@@ -70,6 +70,7 @@ def test_epochs_become_steps_and_the_schedule_ends_with_them(base, tmp_path, epo
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert lines[-1]["lr"] == pytest.approx(0.01 / steps)
+    assert f"max_train_steps: {steps}\n" in (tmp_path / "config.yaml").read_text()
 
 
 def test_scale_lr_multiplies_by_the_samples_of_a_step(base, tmp_path):

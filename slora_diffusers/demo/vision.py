@@ -36,9 +36,9 @@ CONFIG = SerialLoraConfig(rank=8)
 class Training:
     """How the heads, and the adapters with them, are trained; every method sees the same scenes in the same order."""
 
-    drawings: int = 4  # of each letter, in new colours and over new crops at every step
+    drawings: int = 16  # of each letter, in new colours and over new crops at every step
     test: int = 8  # scenes of each letter that the models are judged on
-    steps: int = 150
+    steps: int = 200
     batch_size: int = 26
     learning_rate: float = 6e-3
     head_learning_rate: float = 3e-3
@@ -71,7 +71,7 @@ TASKS = (
     ),
     Task(
         "segmentation", SerialLoraForSemanticSegmentation,
-        {"label_names": ("background", "letter"), "head": "convolutional", "width": 32},
+        {"label_names": ("background", "letter"), "head": "linear"},
         lambda s: s.masks, "mIoU", mean_iou,
     ),
 )  # fmt: skip

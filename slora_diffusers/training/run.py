@@ -29,7 +29,7 @@ from .batches import Batch
 from .loop import Step, interruptible, train_steps
 from .optim import evaluation_weights, make_optimizer, parameter_groups
 from .options import adapter_config, save_options
-from .precision import DTYPES, check_trainables_fp32, trainable
+from .precision import DTYPES, check_trainables_fp32, checkpoint_gradients, trainable
 from .preflight import check_options
 from .validation import image_grid
 
@@ -48,7 +48,7 @@ class Run:
     """What a recipe holds on to while it trains.
 
     Args:
-        options: The parsed options; a copy is written to `<output_dir>/config.yaml`.
+        options: The parsed options; what they resolve to is written to `<output_dir>/config.yaml` by `prepare`.
 
     Raises:
         SerialLoraError: If a package that an option needs is missing, or a number is out of range.
@@ -81,10 +81,6 @@ class Run:
             assert plugin is not None
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.train_batch_size
         self.start = 0
-        if self.accelerator.is_main_process:
-            save_options(options, self.output_dir / "config.yaml")
-        if options.report_to:
-            self.accelerator.init_trackers("slora", {k: str(v) for k, v in vars(options).items() if k != "hub_token"})
 
     @property
     def _deepspeed(self) -> bool:
@@ -106,7 +102,7 @@ class Run:
         logger.info(self.adapter.attach(model, adapter_config(self.options)))
         model.train()
         if self.options.gradient_checkpointing:
-            model.enable_gradient_checkpointing()  # type: ignore[operator]
+            checkpoint_gradients(model)
 
     def prepare(self, models: Mapping[str, nn.Module], learning_rates: Mapping[str, float] | None = None) -> list[Any]:
         """Make the optimizer, its schedule and the average, hand all to the accelerator, and resume if asked.
@@ -120,6 +116,10 @@ class Run:
             The prepared models, to call in the forward pass.
         """
         options = self.options
+        if self.accelerator.is_main_process:
+            save_options(options, self.output_dir / "config.yaml")
+        if options.report_to:
+            self.accelerator.init_trackers("slora", {k: str(v) for k, v in vars(options).items() if k != "hub_token"})
         self.models = dict(models)
         rate = options.learning_rate
         if options.scale_lr:
