@@ -219,6 +219,14 @@ def test_missing_class_images_are_drawn_once_and_their_loss_is_added_with_its_we
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4) and losses[1] > 1.2 * losses[0]
 
 
+def test_text_encoders_train_to_the_same_weights_with_gradient_checkpointing(bases, subject, tmp_path):
+    options = {"train_text_encoder": True, "learning_rate": 1e-2, "text_encoder_lr": 1e-2, "max_train_steps": 3}
+    plain = load_file(train("sd3", bases, subject, tmp_path / "plain", **options))
+    saving = load_file(train("sd3", bases, subject, tmp_path / "saving", **options, gradient_checkpointing=True))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(saving[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_text_encoders_learn_too_and_their_own_embeddings_equal_the_pipelines(bases, subject, tmp_path):
     options = {"train_text_encoder": True, "learning_rate": 1e-2, "text_encoder_lr": 1e-2, "max_train_steps": 5}
     path = train("sd3", bases, subject, tmp_path, **options)
