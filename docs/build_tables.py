@@ -160,6 +160,7 @@ REGIONS = {
         "bench-profile": report.profile_table,
         "bench-lifecycle": report.lifecycle_table,
     },
+    ROOT / "docs" / "training.md": {"dreambooth": report.dreambooth_table},
     ROOT / "docs" / "vision.md": {
         "vit-scores": report.vit_scores_table,
         "vit-differences": report.vit_differences_table,
