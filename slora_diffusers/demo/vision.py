@@ -29,7 +29,9 @@ from .scenes import Scenes, fresh_scenes, scenes
 from .sheet import Cell, contact_sheet
 
 VIT_BASE = Path(__file__).parent / "vit_base"
-CONFIG = SerialLoraConfig(rank=8)
+CONFIG = SerialLoraConfig(
+    rank=16, inputs=("hidden_states", "attention_output", "feed_forward")
+)  # few and narrow blocks
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Training:
 
     drawings: int = 16  # of each letter, in new colours and over new crops at every step
     test: int = 8  # scenes of each letter that the models are judged on
-    steps: int = 200
+    steps: int = 300
     batch_size: int = 26
-    learning_rate: float = 6e-3
-    head_learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
+    head_learning_rate: float = 1e-2
 
 
 TRAINING = Training()
@@ -71,7 +73,7 @@ TASKS = (
     ),
     Task(
         "segmentation", SerialLoraForSemanticSegmentation,
-        {"label_names": ("background", "letter"), "head": "linear"},
+        {"label_names": ("background", "letter"), "head": "convolutional", "width": 32},
         lambda s: s.masks, "mIoU", mean_iou,
     ),
 )  # fmt: skip
