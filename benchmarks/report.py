@@ -181,7 +181,7 @@ def _vit_method(method: dict[str, Any]) -> str:
 def dreambooth_table(folder: Path = RESULTS) -> str:
     """A subject learnt by a tiny SD3: loss on unseen images of it, and what that cost."""
     results = _read("dreambooth", folder)
-    names = {"none": "not trained", "serial": "Serial LoRA", "lora": "PEFT's LoRA", "full": "full fine-tuning"}
+    names = {"none": "Serial LoRA, rate 0", "serial": "Serial LoRA", "lora": "PEFT's LoRA", "full": "full fine-tuning"}
     rows = [
         (
             name,

@@ -46,11 +46,7 @@ class SerialLoraWithHead(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the backbone's activations in the backward pass, to save memory."""
-        if hasattr(self.backbone, "set_grad_checkpointing"):  # timm
-            self.backbone.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-        else:
-            settings = {"use_reentrant": False}  # the reentrant kind needs an input that trains
-            self.backbone.gradient_checkpointing_enable(settings)  # pyright: ignore[reportCallIssue]
+        checkpoint_gradients(self.backbone)
 
     def fuse(self) -> nn.Module:
         """Merge the adapter into the backbone for good, `W' = W (I + sBA)`; the model is plain PyTorch from here on.
@@ -165,6 +161,16 @@ class SerialLoraWithHead(nn.Module):
         else:
             opened.requires_grad_(False)
         return cls(opened, head, saved["settings"], saved["label_names"], preprocessing).eval()
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Recompute a model's activations in the backward pass, by the name that its library has for it."""
+    if hasattr(model, "enable_gradient_checkpointing"):  # diffusers, and a backbone with a head
+        model.enable_gradient_checkpointing()
+    elif hasattr(model, "set_grad_checkpointing"):  # timm
+        model.set_grad_checkpointing()
+    else:  # transformers; the reentrant kind needs an input that trains
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def open_backbone(

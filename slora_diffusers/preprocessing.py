@@ -52,28 +52,32 @@ class Preprocessing:
         return cls(**{key: tuple(values[key]) for key in ("size", "mean", "std")})
 
     @classmethod
-    def of(cls, source: nn.Module | str | os.PathLike[str]) -> Preprocessing:
+    def of(cls, source: nn.Module | str | os.PathLike[str], **hub: Any) -> Preprocessing:
         """What a backbone was pretrained with: from its folder or Hub repository, else its config, else ImageNet's.
+
+        Args:
+            source: The backbone, or its folder or Hub id.
+            **hub: `revision` and `cache_dir` of a Hub repository.
 
         Raises:
             SerialLoraError: If an image's size cannot be known.
         """
         if not isinstance(source, nn.Module):
-            return cls._from_repository(source)
+            return cls._from_repository(source, **hub)
         config: Any = getattr(source, "pretrained_cfg", None)  # timm
         if config:
             return cls(tuple(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
         return cls(_size(getattr(getattr(source, "config", None), "image_size", None) or 224))
 
     @classmethod
-    def _from_repository(cls, source: str | os.PathLike[str]) -> Preprocessing:
+    def _from_repository(cls, source: str | os.PathLike[str], **hub: Any) -> Preprocessing:
         from transformers import AutoConfig
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
-            values, _ = ImageProcessingMixin.get_image_processor_dict(source)
+            values, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
         except OSError:
-            config: Any = AutoConfig.from_pretrained(source)
+            config: Any = AutoConfig.from_pretrained(source, **hub)
             return cls(_size(getattr(config, "image_size", None) or 224))
         size = values.get("crop_size") or values.get("size") or 224
         mean, std = values.get("image_mean") or IMAGENET_MEAN, values.get("image_std") or IMAGENET_STD

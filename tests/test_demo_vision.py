@@ -110,9 +110,8 @@ def test_vision_makes_what_it_says(made):
     assert [row["method"] for row in metrics["rows"]] == 2 * ["head alone", "Serial LoRA"]
     head, serial = metrics["rows"][:2]
     assert head["trainable_parameters"] == 0
-    assert (
-        serial["trainable_parameters"] == 3 * 2 * 16 * 96 * 4
-    )  # three pairs of rank 16 in each of four blocks of width 96
+    # Three pairs of rank 16 in each of four blocks of width 96.
+    assert serial["trainable_parameters"] == 3 * 2 * 16 * 96 * 4
     assert metrics["largest_logit_difference_live_fused"] < 1e-3
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from pipelines import classify_images, segment_images
 from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.files import WEIGHT_NAME
+from slora_diffusers.training import vision
 from slora_diffusers.training.checkpoint import STATE_NAME
 from slora_diffusers.vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
 from tests.tiny_vision import SIZE, VISION
@@ -121,6 +122,25 @@ def test_each_adapter_has_its_own_default_rate_after_a_warm_up_of_a_tenth(adapte
     assert rates[:3] == pytest.approx([0, rate / 2, rate])
     used = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert used["head_learning_rate"] == (1e-2 if adapter == "head" else 3e-3)
+
+
+def test_epochs_become_steps_and_the_warm_up_is_a_tenth_of_them(base, stripes, tmp_path):
+    """20 of the 24 images train, four at a time: five batches an epoch."""
+    classify(base, stripes, tmp_path, "--num_train_epochs", "4", "--validation_fraction", "0.2")
+    used = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert len(losses(tmp_path)) == used["max_train_steps"] == 20 and used["lr_warmup_steps"] == 2
+
+
+def test_revision_and_download_folder_reach_all_that_is_opened(base, stripes, tmp_path, monkeypatch):
+    opened = []
+    for owner, name in ((vision, "open_backbone"), (vision.Preprocessing, "of")):
+        original = getattr(owner, name)
+        spy = lambda path, original=original, **where: opened.append(where) or original(path, **where)  # noqa: E731
+        monkeypatch.setattr(owner, name, spy)
+    flags = ["--max_train_steps", "1", "--shots", "2", "--cache_dir", str(tmp_path / "hub"), "--revision", "main"]
+    classify(base, stripes, tmp_path / "out", *flags)
+    assert len(opened) == 2
+    assert all(w["cache_dir"] == str(tmp_path / "hub") and w["revision"] == "main" for w in opened)
 
 
 def test_flags_win_over_the_default_rates(base, stripes, tmp_path):

@@ -33,7 +33,7 @@ class Scenes:
     masks: Tensor
 
 
-def scenes(faces: Sequence[Face], per_letter: int, seed: int, held_out: bool, letters: str = LETTERS) -> Scenes:
+def scenes(faces: Sequence[Face], per_letter: int, seed: int, held_out: bool) -> Scenes:
     """Every letter of every face `per_letter` times, each jittered, coloured and on a background of its own.
 
     Args:
@@ -41,12 +41,9 @@ def scenes(faces: Sequence[Face], per_letter: int, seed: int, held_out: bool, le
         per_letter: Scenes of each letter of each face.
         seed: Seeds the jitter, the colours and the crops.
         held_out: Take backgrounds from the half of the photograph that is kept from training.
-        letters: The capitals to draw.
     """
-    glyphs, labels = glyph_images(faces, letters, per_letter, seed)
-    draw = torch.Generator().manual_seed(seed)
-    images = compose(glyphs, backgrounds(len(glyphs), draw, held_out), draw)
-    return Scenes(images, labels, (glyphs > 127).long())
+    glyphs, labels = glyph_images(faces, LETTERS, per_letter, seed)
+    return _scenes(glyphs, labels, torch.Generator().manual_seed(seed), held_out)
 
 
 def fresh_scenes(faces: Sequence[Face], per_letter: int, batch_size: int, steps: int, seed: int) -> Iterator[Scenes]:
@@ -57,8 +54,7 @@ def fresh_scenes(faces: Sequence[Face], per_letter: int, batch_size: int, steps:
         [torch.randperm(len(glyphs), generator=draw) for _ in range(batch_size * steps // len(glyphs) + 1)]
     )
     for chosen in order[: batch_size * steps].split(batch_size):
-        images = compose(glyphs[chosen], backgrounds(len(chosen), draw, held_out=False), draw)
-        yield Scenes(images, labels[chosen], (glyphs[chosen] > 127).long())
+        yield _scenes(glyphs[chosen], labels[chosen], draw, held_out=False)
 
 
 def compose(glyphs: Tensor, behind: Tensor, draw: torch.Generator) -> Tensor:
@@ -83,6 +79,11 @@ def backgrounds(count: int, draw: torch.Generator, held_out: bool) -> Tensor:
         crop = half[None, :, top : top + side, left : left + side]
         crops.append(F.interpolate(crop, (IMAGE_SIZE, IMAGE_SIZE), mode="area"))
     return torch.cat(crops)
+
+
+def _scenes(glyphs: Tensor, labels: Tensor, draw: torch.Generator, held_out: bool) -> Scenes:
+    images = compose(glyphs, backgrounds(len(glyphs), draw, held_out), draw)
+    return Scenes(images, labels, (glyphs > 127).long())
 
 
 @lru_cache(maxsize=1)

@@ -64,14 +64,6 @@ def load_pipeline(pipeline_class: Any, transformer_class: Any, options: argparse
     return pipe
 
 
-def checkpoint_gradients(model: Any) -> None:
-    """Recompute a model's activations in the backward pass, as diffusers, this library's heads or transformers do."""
-    if hasattr(model, "enable_gradient_checkpointing"):
-        model.enable_gradient_checkpointing()
-    else:  # a text encoder; the reentrant kind needs an input that trains
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
 def trainable(models: Iterable[nn.Module]) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that train, over several models, in a fixed order."""
     return [

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import SerialLoraError
+from ..heads import checkpoint_gradients
 from ..hub import PROMPT, publish
 from . import checkpoint
 from .adapters import ADAPTERS
@@ -29,7 +30,7 @@ from .batches import Batch
 from .loop import Step, interruptible, train_steps
 from .optim import evaluation_weights, make_optimizer, parameter_groups
 from .options import adapter_config, save_options
-from .precision import DTYPES, check_trainables_fp32, checkpoint_gradients, trainable
+from .precision import DTYPES, check_trainables_fp32, trainable
 from .preflight import check_options
 from .validation import image_grid
 

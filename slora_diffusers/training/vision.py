@@ -31,8 +31,9 @@ ModelWithHead = SerialLoraForImageClassification | SerialLoraForSemanticSegmenta
 
 HEAD_NAME = "head.safetensors"
 _NOT_HERE = {  # options of the diffusion recipes that the training library reads
-    "cache_latents": False, "center_crop": True, "quantize": None, "variant": None, "validation_loss_images": 0,
-    "num_validation_images": 0, "validation_inference_steps": 0, "validation_guidance_scale": 0.0,
+    "cache_latents": False, "center_crop": True, "quantize": None, "variant": None, "scale_lr": False,
+    "validation_loss_images": 0, "num_validation_images": 0, "validation_inference_steps": 0,
+    "validation_guidance_scale": 0.0,
 }  # fmt: skip
 # What did best on DINOv2 with few images of each class (docs/vision.md): Serial LoRA takes twice LoRA's rate.
 LEARNING_RATES = {"serial": 6e-3, "lora": 3e-3, "head": 1e-2, "full": 1e-5}
@@ -110,9 +111,9 @@ def open_for_training(options: argparse.Namespace, run: Run) -> tuple[nn.Module,
         SerialLoraError: If there is no such model, or the images would not divide into its patches.
     """
     path = options.pretrained_model_name_or_path
-    revision = {} if options.revision is None else {"revision": options.revision}
-    backbone = open_backbone(path, dtype=run.weight_dtype, **revision)
-    own = Preprocessing.of(path)
+    where = {name: getattr(options, name) for name in ("revision", "cache_dir") if getattr(options, name) is not None}
+    backbone = open_backbone(path, dtype=run.weight_dtype, **where)
+    own = Preprocessing.of(path, **where)
     sides = own.size if options.resolution is None else (options.resolution, options.resolution)
     for side in sides:
         bucket_shapes(side, None, patch_size(backbone))
