@@ -1,6 +1,10 @@
 """The DreamBooth recipes for SD3 and PixArt, from their command lines, on stock pipelines and real photographs."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,11 +73,23 @@ def log(out, name):
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def draw(base, out, *adapter, **options):
-    options = {"height": 32, "width": 32, "steps": 2, "images": 2, "max_sequence_length": 16, **options}
-    argv = ["--base", str(base), "--prompts", PROMPT, "--output", str(out)]
-    argv += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return np.array(Image.open(generate([*argv, *(["--adapter", *map(str, adapter)] if adapter else [])])), dtype=int)
+def drawing(base, out, *adapter):
+    """Arguments of the generation script."""
+    options = {"base": base, "prompts": PROMPT, "output": out, "height": 32, "width": 32, "steps": 2, "images": 2}
+    argv = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    return [*argv, "--max_sequence_length", "16", *(["--adapter", *map(str, adapter)] if adapter else [])]
+
+
+def draw(base, out, *adapter):
+    return np.array(Image.open(generate(drawing(base, out, *adapter))), dtype=int)
+
+
+def draw_in_a_fresh_process(base, out, *adapter):
+    script = Path(__file__).parents[1] / "pipelines" / "generate_text_to_image.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, str(script), *drawing(base, out, *adapter)]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return np.array(Image.open(out), dtype=int)
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux", pytest.param("alpha", marks=pytest.mark.slow), "sigma"])
@@ -86,10 +102,14 @@ def test_a_subject_is_learnt_and_a_fresh_pipeline_draws_what_the_run_drew(family
         np.array(Image.open(tmp_path / "learnt" / "validation" / f"images-{step:06d}.png"), dtype=int)
         for step in (0, 30)
     )
-    assert np.abs(draw(bases / family, tmp_path / "base.png") - first).max() == 0
-    assert np.abs(draw(bases / family, tmp_path / "adapted.png", path) - last).max() == 0
+    # A level apart at most: the run encodes each prompt once, by itself, and matrix products round by batch size.
+    assert np.abs(draw(bases / family, tmp_path / "base.png") - first).max() <= 1
+    adapted = draw(bases / family, tmp_path / "adapted.png", path)
+    assert np.abs(adapted - last).max() <= 1
     assert np.abs(last - first).max() > 2
-    if family == "sd3":  # stock diffusers draws the same from the exported LoRA
+    if family == "sd3":
+        assert draw_in_a_fresh_process(bases / family, tmp_path / "fresh.png", path).tolist() == adapted.tolist()
+        # Stock diffusers computes the same from the exported LoRA.
         pipe = DiffusionPipeline.from_pretrained(bases / family)
         pipe.load_serial_lora(path)
         pipe.export_lora(tmp_path / "lora")
