@@ -2,8 +2,9 @@
 
     python -m benchmarks.dreambooth
 
-A tiny stock SD3 pipeline is first trained in full on photographs that scikit-image ships, then taught a new subject (a
-cat that it has not seen) from five crops. The loss is the fixed-noise loss on four other crops of the same photograph.
+A tiny stock SD3 and a tiny PixArt-Sigma, whose latents have the unit variance of real ones, are each trained in full on
+photographs that scikit-image ships, then taught a new subject (a cat that they have not seen) from five crops. The loss
+is the fixed-noise loss on four other crops of the same photograph.
 Every run is a process of its own, so that its peak memory is its own. Each method's learning rate is the best of three.
 Then Serial LoRA learns the subject without and with prior preservation of a class that the base knows; what it forgets
 is the fixed-noise loss on other images of that class.
@@ -18,25 +19,43 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers import SD3Transformer2DModel
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import safe_open
 from skimage import data
 
 from benchmarks.harness import RESULTS, machine, write_results
-from tests.tiny_pipelines import tiny_sd3_pipeline
+from slora_diffusers.training.data import find_images, to_pixels
+from tests.tiny_pipelines import tiny_pixart_pipeline, tiny_sd3_pipeline
 
 ROOT = Path(__file__).parents[1]
 FAMILIAR = {"astronaut": "an astronaut", "coffee": "a cup of coffee", "rocket": "a rocket"}
 SUBJECT = "a photo of sks cat"
 CLASS = "a photo of an astronaut"
+RESOLUTION = 32
 RATES = (3e-3, 1e-2, 3e-2)
 LEARNING_RATES = {"none": (0.0,), "serial": RATES, "lora": RATES, "full": (3e-4, 1e-3, 3e-3)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A recipe, and a tiny pipeline that it trains."""
+
+    script: str
+    pipeline: Callable[[], Any]
+
+
+FAMILIES = {
+    "SD3": Family("train_dreambooth_sd3.py", tiny_sd3_pipeline),
+    "PixArt-Sigma": Family("train_dreambooth_pixart.py", lambda: tiny_pixart_pipeline("sigma")),
+}
 
 
 def write_crops(name: str, count: int, folder: Path, caption: str | None, seed: int) -> None:
@@ -52,15 +71,15 @@ def write_crops(name: str, count: int, folder: Path, caption: str | None, seed: 
             (folder / f"{name}-{index}.txt").write_text(caption)
 
 
-def train(base: Path, images: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
+def train(family: Family, base: Path, images: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
     """Run the recipe in a process of its own; gives its log."""
     fixed = {
-        "pretrained_model_name_or_path": base, "instance_data_dir": images, "output_dir": out, "resolution": 32,
+        "pretrained_model_name_or_path": base, "instance_data_dir": images, "output_dir": out, "resolution": RESOLUTION,
         "max_sequence_length": 16, "num_validation_images": 0, "checkpointing_steps": 0, "rank": 8,
     }  # fmt: skip
     given = {**fixed, **options}.items()
     flags = [part for name, value in given for part in ((f"--{name}",) if value is True else (f"--{name}", str(value)))]
-    script = str(ROOT / "train_scripts" / "train_dreambooth_sd3.py")
+    script = str(ROOT / "train_scripts" / family.script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, script, *flags, "--cache_latents"], env=environment, check=True, capture_output=True
@@ -68,16 +87,24 @@ def train(base: Path, images: Path, out: Path, **options: Any) -> list[dict[str,
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def pretrained(folder: Path, steps: int) -> Path:
-    """A tiny SD3 that has seen photographs, but not the subject's."""
-    tiny_sd3_pipeline().save_pretrained(folder / "random")
+@torch.no_grad()
+def scale_latents(vae: AutoencoderKL, images: Path) -> None:
+    """Give the latents of the images unit variance: with less, predicting the noise is trivial."""
+    pixels = torch.stack([to_pixels(item.read(), (RESOLUTION, RESOLUTION)) for item in find_images(images).items])
+    vae.register_to_config(scaling_factor=1 / vae.encode(pixels).latent_dist.mean.std().item())  # pyright: ignore
+
+
+def pretrained(family: Family, folder: Path, steps: int) -> Path:
+    """A tiny pipeline that has seen photographs, but not the subject's."""
     for seed, (name, words) in enumerate(FAMILIAR.items()):
         write_crops(name, 24, folder / "photos", f"a photo of {words}", seed)
+    pipe = family.pipeline()
+    scale_latents(pipe.vae, folder / "photos")
+    pipe.save_pretrained(folder / "random")
     settings = {"adapter": "full", "learning_rate": 1e-3, "train_batch_size": 8, "max_train_steps": steps}
-    log = train(folder / "random", folder / "photos", folder / "tuned", validation_steps=steps, **settings)
+    log = train(family, folder / "random", folder / "photos", folder / "tuned", validation_steps=steps, **settings)
     print("pretraining:", [line["validation_loss"] for line in log if "validation_loss" in line], flush=True)
-    pipe = tiny_sd3_pipeline()
-    pipe.transformer = SD3Transformer2DModel.from_pretrained(folder / "tuned" / "transformer")
+    pipe.transformer = type(pipe.transformer).from_pretrained(folder / "tuned" / "transformer")
     pipe.save_pretrained(folder / "base")
     return folder / "base"
 
@@ -103,7 +130,7 @@ def parameters_in(path: Path) -> int:
         return sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
 
 
-def forgetting(base: Path, folder: Path, learning_rate: float, steps: int) -> dict[str, float]:
+def forgetting(family: Family, base: Path, folder: Path, learning_rate: float, steps: int) -> dict[str, float]:
     """Fixed-noise loss on unseen images of a class: with the base, and after learning the subject, in two ways."""
     write_crops("astronaut", 8, folder / "class", None, 12)
     write_crops("astronaut", 4, folder / "class-unseen", CLASS, 13)
@@ -115,38 +142,48 @@ def forgetting(base: Path, folder: Path, learning_rate: float, steps: int) -> di
     for name, options in {"without_prior": {}, "with_prior": prior}.items():
         counts = {"max_train_steps": steps, "validation_steps": steps, "train_batch_size": 4}
         unseen = {"validation_data_dir": folder / "class-unseen", "learning_rate": learning_rate}
-        log = train(base, folder / "subject", folder / name, **counts, **unseen, **options)
+        log = train(family, base, folder / "subject", folder / name, **counts, **unseen, **options)
         found = [line["validation_loss"] for line in log if "validation_loss" in line]
         losses |= {"base": found[0], name: found[-1]}
     return losses
 
 
+def measure(family: Family, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every method at its best rate, and what the class lost."""
+    base = pretrained(family, folder, options.pretraining_steps)
+    write_crops("chelsea", 5, folder / "subject", SUBJECT, 10)
+    write_crops("chelsea", 4, folder / "unseen", SUBJECT, 11)
+    results: dict[str, Any] = {}
+    for method, rates in LEARNING_RATES.items():
+        for lr in rates:
+            out = folder / f"{method}-{lr}"
+            settings = {"adapter": "serial" if method == "none" else method, "learning_rate": lr}
+            counts = {"max_train_steps": options.steps, "validation_steps": options.steps, "train_batch_size": 4}
+            log = train(
+                family, base, folder / "subject", out, validation_data_dir=folder / "unseen", **counts, **settings
+            )
+            measured = {"learning_rate": lr, **summary(log, out)}
+            print(method, measured, flush=True)
+            if method not in results or measured["loss"] < results[method]["loss"]:
+                results[method] = measured
+    results["class_loss"] = forgetting(family, base, folder, results["serial"]["learning_rate"], options.steps)
+    print(results["class_loss"], flush=True)
+    return results
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure, print a table, write the results and give their path."""
+    """Measure, print what each run gave, write the results and give their path."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200, help="Steps on the subject.")
-    parser.add_argument("--pretraining_steps", type=int, default=500)
+    parser.add_argument("--pretraining_steps", type=int, default=3000)
     parser.add_argument("--output", type=Path, default=RESULTS, help="Folder of dreambooth.json.")
     options = parser.parse_args(argv)
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        base = pretrained(folder, options.pretraining_steps)
-        write_crops("chelsea", 5, folder / "subject", SUBJECT, 10)
-        write_crops("chelsea", 4, folder / "unseen", SUBJECT, 11)
-        for method, rates in LEARNING_RATES.items():
-            for lr in rates:
-                out = folder / f"{method}-{lr}"
-                settings = {"adapter": "serial" if method == "none" else method, "learning_rate": lr}
-                counts = {"max_train_steps": options.steps, "validation_steps": options.steps, "train_batch_size": 4}
-                log = train(base, folder / "subject", out, validation_data_dir=folder / "unseen", **counts, **settings)
-                measured = {"learning_rate": lr, **summary(log, out)}
-                print(method, measured, flush=True)
-                if method not in results or measured["loss"] < results[method]["loss"]:
-                    results[method] = measured
-        results["class_loss"] = forgetting(base, folder, results["serial"]["learning_rate"], options.steps)
-        print(results["class_loss"], flush=True)
-    return write_results("dreambooth", {"machine": machine(), "steps": options.steps, **results}, options.output)
+    results = {}
+    for name, family in FAMILIES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = measure(family, Path(folder), options)
+    content = {"machine": machine(), "steps": options.steps, "families": results}
+    return write_results("dreambooth", content, options.output)
 
 
 if __name__ == "__main__":

@@ -148,13 +148,21 @@ def vit_costs_table(folder: Path = RESULTS) -> str:
         (
             _vit_method(results["methods"][name]),
             _megabytes(row["bytes"]),
-            f"{row['cpu_seconds_per_step']:.3f} s",
+            f"{results['costs'][name]['cpu_seconds_per_step']:.3f} s",
+            f"{results['costs'][name]['over_lora']:.2f}",
             _megabytes(row["saved_activations"]),
             ", ".join(f"{r['summary'][name]['rate']:g}" if name in r["summary"] else "-" for r in tasks.values()),
         )
         for name, row in results["summary"].items()
     ]
-    heading = ("", "Adapter, fp32", "Processor time per step", "Activations kept", f"Rates: {', '.join(tasks)}")
+    heading = (
+        "",
+        "Adapter, fp32",
+        "Processor time per step",
+        "over LoRA's",
+        "Activations kept",
+        f"Rates: {', '.join(tasks)}",
+    )
     return _table(heading, rows)
 
 
@@ -179,27 +187,23 @@ def _vit_method(method: dict[str, Any]) -> str:
 
 
 def dreambooth_table(folder: Path = RESULTS) -> str:
-    """A subject learnt by a tiny SD3: loss on unseen images of it, and what that cost."""
+    """A subject learnt by tiny pipelines: loss on unseen images of it, what that cost, and what the class lost."""
     results = _read("dreambooth", folder)
     names = {"none": "Serial LoRA, rate 0", "serial": "Serial LoRA", "lora": "PEFT's LoRA", "full": "full fine-tuning"}
-    rows = [
-        (
-            name,
-            f"{r['learning_rate']:g}",
-            f"{r['loss']:.4f}",
-            f"{r['steps_per_second']:.1f}",
-            f"{r['peak_memory'] / 1e6:,.0f} MB",
-            f"{r['parameters']:,}",
-            f"{r['file_bytes']:,}",
-        )
-        for method, name in names.items()
-        for r in [results[method]]
-    ]
+    rows, forgotten = [], []
+    for family, measured in results["families"].items():
+        for method, name in names.items():
+            r = measured[method]
+            rows.append((
+                f"{family}: {name}", f"{r['learning_rate']:g}", f"{r['loss']:.4f}", f"{r['steps_per_second']:.1f}",
+                f"{r['peak_memory'] / 1e6:,.0f} MB", f"{r['parameters']:,}", f"{r['file_bytes']:,}",
+            ))  # fmt: skip
+        before, without, preserved = (measured["class_loss"][key] for key in ("base", "without_prior", "with_prior"))
+        forgotten.append(f"{family} {before:.4f}, {without:.4f}, {preserved:.4f}")
     heading = ("", "Rate", "Loss", "Steps per s", "Peak memory", "Trained parameters", "File bytes")
-    before, without, preserved = (results["class_loss"][name] for name in ("base", "without_prior", "with_prior"))
     return (
-        f"{_table(heading, rows)}\n\nLoss on a class that the base knows: {before:.4f} before, {without:.4f} after "
-        f"{results['steps']} steps on the subject, {preserved:.4f} with prior preservation."
+        f"{_table(heading, rows)}\n\nLoss on a class that the base knows, before, after {results['steps']} steps on "
+        f"the subject, and with prior preservation: {'; '.join(forgotten)}."
     )
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import vit
+from benchmarks import vit, vit_tasks
+from slora_diffusers.errors import SerialLoraError
 from tests.tiny_vision import VISION
 
 METHODS = ["head", "lora-r2", "serial-r8", "serial-r4+output", "full"]
@@ -26,7 +27,20 @@ def files(tmp_path_factory):
 
 def run(files, out, *flags) -> dict:
     common = ["--model", str(files / "base"), "--data", str(files / "digits.npz"), "--output_dir", str(out)]
-    sizes = ["--size", "16", "--steps", "3", "--batch_size", "8", "--validation_images", "20", "--test_images", "40"]
+    sizes = [
+        "--size",
+        "16",
+        "--steps",
+        "3",
+        "--batch_size",
+        "8",
+        "--validation_images",
+        "20",
+        "--test_images",
+        "40",
+        "--cost_rounds",
+        "2",
+    ]
     vit.main(
         [*common, *sizes, "--shots", "2", "--seeds", "0", "1", "--tuning_seeds", "7", "--rates", "1e-3", "1e-2", *flags]
     )
@@ -43,6 +57,8 @@ def test_methods_cost_what_they_say_and_runs_are_kept(files, tmp_path, capsys):
     assert parameters["serial-r4+output"] == 2 * parameters["serial-r8"] / 2
     assert parameters["full"] == sum(p.numel() for p in VISION["Dinov2Model"].build().parameters())
     assert results["summary"]["head"]["saved_activations"] < results["summary"]["full"]["saved_activations"]
+    assert all(row["cpu_seconds_per_step"] > 0 for row in results["costs"].values())
+    assert set(results["costs"]) == set(vit.METHODS) and results["costs"]["lora-r8"]["over_lora"] == 1
     assert len(results["runs"]) == len(METHODS) * 4  # two rates at the tuning seed, the better one at two seeds
     for name, row in results["summary"].items():
         tuned = {r["rate"]: r["score"] for r in results["runs"] if r["method"] == name and r["tuning"]}
@@ -56,6 +72,14 @@ def test_methods_cost_what_they_say_and_runs_are_kept(files, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_methods_are_added_to_those_that_are_there_and_other_settings_refused(files, tmp_path):
+    run(files, tmp_path, "--methods", "lora-r2")
+    results = run(files, tmp_path, "--methods", "serial-r8")
+    assert list(results["methods"]) == list(results["summary"]) == ["lora-r2", "serial-r8"]
+    with pytest.raises(SerialLoraError, match=r"other settings, .*warmup"):
+        run(files, tmp_path, "--methods", "serial-r8", "--warmup", "0.5")
+
+
 def test_segmentation_scores_masks(files, tmp_path):
     results = run(files, tmp_path, "--task", "segmentation", "--methods", "serial-r8")
     assert 0 < results["summary"]["serial-r8"]["mean"] < 100
@@ -63,4 +87,4 @@ def test_segmentation_scores_masks(files, tmp_path):
 
 def test_mean_iou_is_the_mean_over_classes():
     predicted, truth = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
-    assert vit.mean_iou(predicted, truth) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
+    assert vit_tasks.mean_iou(predicted, truth) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
