@@ -19,6 +19,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Preprocessing:
     """Resize to `size`, scale to [0, 1], then (x - mean) / std per channel.
 
+    The whole image is squashed to that size, whatever its shape: nothing is cropped.
+
     Args:
         size: Height and width in pixels.
         mean: Mean per channel of values in [0, 1].
@@ -30,11 +32,11 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, image: Any) -> Tensor:
-        """A PIL image, of any size and mode, as pixel values (3, H, W)."""
+        """A PIL image, of any size and mode, as pixel values (3, H, W): upright, transparent parts white."""
         import numpy as np
 
         height, width = self.size
-        resized = image.convert("RGB").resize((width, height), 2)  # 2: bilinear, in every version of Pillow
+        resized = upright_rgb(image).resize((width, height), 2)  # 2: bilinear, in every version of Pillow
         return self.normalize(torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255)
 
     def normalize(self, pixels: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ class Preprocessing:
         config: Any = getattr(source, "pretrained_cfg", None)  # timm
         if config:
             return cls(tuple(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
-        return cls(_size(getattr(getattr(source, "config", None), "image_size", None) or 224))
+        return cls(_size(_image_size(getattr(source, "config", None))))
 
     @classmethod
     def _from_repository(cls, source: str | os.PathLike[str], **hub: Any) -> Preprocessing:
@@ -77,11 +79,32 @@ class Preprocessing:
         try:
             values, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
         except OSError:
-            config: Any = AutoConfig.from_pretrained(source, **hub)
-            return cls(_size(getattr(config, "image_size", None) or 224))
+            return cls(_size(_image_size(AutoConfig.from_pretrained(source, **hub))))
         size = values.get("crop_size") or values.get("size") or 224
         mean, std = values.get("image_mean") or IMAGENET_MEAN, values.get("image_std") or IMAGENET_STD
         return cls(_size(size), tuple(mean), tuple(std))
+
+
+def upright_rgb(image: Any) -> Any:
+    """Turn as EXIF says, put transparent pixels on white, and give 8-bit RGB (16-bit grey is scaled, not clipped)."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        top = 255 if values.max(initial=0) <= 255 else 65535
+        image = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _image_size(config: Any) -> Any:
+    """A config's size of images, with two towers that of the vision tower; 224 where it does not tell."""
+    config = getattr(config, "vision_config", None) or config
+    return getattr(config, "image_size", None) or 224
 
 
 def _size(value: Any) -> tuple[int, int]:

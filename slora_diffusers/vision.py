@@ -181,7 +181,7 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
             maps = layer_features(self.backbone, pixel_values, self.settings["layers"])
             x = self.head([x.to(dtype) for x in maps])  # (B, classes, 4 h, 4 w)
         logits = F.interpolate(x.float(), pixel_values.shape[-2:], mode="bilinear")  # (B, classes, H, W)
-        loss = None if labels is None else F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+        loss = None if labels is None else pixel_cross_entropy(logits, labels)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 
 
@@ -228,6 +228,20 @@ def pool(token: Tensor | None, patches: Tensor, pooling: str) -> Tensor:
     if token is None:
         raise SerialLoraError(f'The backbone has no class token, which pooling={pooling!r} reads: use pooling="mean".')
     return token if pooling == "cls" else torch.cat([token, mean], dim=1)
+
+
+def pixel_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of the pixels that count, each with the weight of its class; 0 where none counts.
+
+    Args:
+        logits: (B, classes, H, W).
+        labels: (B, H, W); 255 counts for nothing.
+        weights: Weight of each class, (classes,).
+    """
+    counted = labels != IGNORE_INDEX
+    total = counted.sum() if weights is None else (weights[labels.where(counted, 0)] * counted).sum()
+    loss = F.cross_entropy(logits, labels, weights, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss / total.clamp_min(torch.finfo(torch.float32).tiny)  # PyTorch's own mean is 0 / 0 there
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

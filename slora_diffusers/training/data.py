@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import SerialLoraError
+from ..preprocessing import upright_rgb
 
 logger = logging.getLogger(__name__)
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -51,19 +52,6 @@ class Found:
             logger.warning("left out %s: %s", name, reason)
         logger.info("%d images, %d files left out", len(self.items), len(self.skipped))
         return self
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Turn as EXIF says, put transparent pixels on white, and give 8-bit RGB (16-bit grey is scaled, not clipped)."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        top = 255 if values.max(initial=0) <= 255 else 65535
-        image = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def read_image(path: Path) -> Image.Image:

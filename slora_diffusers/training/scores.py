@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..vision import IGNORE_INDEX
+from ..vision import IGNORE_INDEX, pixel_cross_entropy
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
@@ -57,7 +57,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = N
         weights: Weight of each class in the cross-entropy, (classes,).
         dice: Weight of the Dice term.
     """
-    loss = F.cross_entropy(logits, labels, weights, ignore_index=IGNORE_INDEX)
+    loss = pixel_cross_entropy(logits, labels, weights)
     if not dice:
         return loss
     counted = (labels != IGNORE_INDEX)[:, None]  # (B, 1, H, W)
@@ -65,7 +65,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = N
     t = F.one_hot(labels.where(counted[:, 0], 0), logits.shape[1]).movedim(-1, 1) * counted
     axes = (0, 2, 3)
     overlap = 2 * (p * t).sum(axes) / (p.sum(axes) + t.sum(axes)).clamp_min(1e-8)  # (classes,)
-    return loss + dice * (1 - overlap[t.sum(axes) > 0].mean())
+    there = t.sum(axes) > 0
+    return loss + dice * ((1 - overlap) * there).sum() / there.sum().clamp_min(1)
 
 
 def class_weights(confusion_rows: Tensor) -> Tensor:
