@@ -154,6 +154,7 @@ def vit_costs_table(folder: Path = RESULTS) -> str:
             ", ".join(f"{r['summary'][name]['rate']:g}" if name in r["summary"] else "-" for r in tasks.values()),
         )
         for name, row in results["summary"].items()
+        if name in results["costs"]
     ]
     heading = (
         "",
@@ -176,8 +177,22 @@ def _vit_table(folder: Path, show: Callable[[dict[str, Any]], str]) -> str:
             *(show(r["summary"][name]) if name in r["summary"] else "" for r in tasks.values()),
         )
         for name, row in everything["summary"].items()
+        if name in everything["costs"]
     ]
     return _table(("", "Trained in the backbone", *tasks), rows)
+
+
+def vit_variations_table(folder: Path = RESULTS) -> str:
+    """Serial LoRA of rank 8 at 16 shots, started or trained in other ways."""
+    results = _read(VIT_TASKS["16 shots"], folder)
+    rows = []
+    for name, row in results["summary"].items():
+        method = results["methods"][name]
+        if name not in results["costs"] or name == "serial-r8":
+            what = f"A ~ {'N(0, 1/r)' if method['init'] == 'gaussian' else 'Kaiming'}, LoRA+ {method['plus']:g}"
+            score, difference = f"{row['mean']:.1f} ± {row['std']:.1f}", "{:+.1f} ± {:.1f}".format(*row["over_lora"])
+            rows.append((what, f"{row['rate']:g}", score, difference))
+    return _table(("", "Rate of A", "16 shots", "over LoRA, r = 8"), rows)
 
 
 def _vit_method(method: dict[str, Any]) -> str:

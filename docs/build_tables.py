@@ -164,6 +164,7 @@ REGIONS = {
     ROOT / "docs" / "vision.md": {
         "vit-scores": report.vit_scores_table,
         "vit-differences": report.vit_differences_table,
+        "vit-variations": report.vit_variations_table,
         "vit-costs": report.vit_costs_table,
     },
     ROOT / "README.md": {
