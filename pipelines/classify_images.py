@@ -1,4 +1,4 @@
-"""Classifies images with what train_scripts/train_vit_classification.py saved.
+"""Classifies images with what train_scripts/train_vit_classification.py or train_clip.py saved.
 
 python pipelines/classify_images.py photo.jpg more_photos --model outputs/classifier --json results.json
 """
@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.prompts import SerialLoraForPromptClassification
 from slora_diffusers.training.inference import image_files, make_parser, open_model, predictions
 from slora_diffusers.vision import SerialLoraForImageClassification
 
@@ -23,10 +25,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--top", type=int, default=3, help="Classes to show of each image.")
     parser.add_argument("--json", type=Path, help="File to write the results to.")
     options = parser.parse_args(argv)
+    if options.top < 1:
+        raise SerialLoraError(f"--top must be at least 1; got {options.top}.")
     paths = image_files(options.images)
-    model = open_model(SerialLoraForImageClassification, options)
-    results = []
-    for path, _, logits in predictions(model, paths, options):
+    model = open_model((SerialLoraForImageClassification, SerialLoraForPromptClassification), options)
+    results, skipped = [], []
+    for path, _, logits in predictions(model, paths, options, skipped):
         best = logits.softmax(0).topk(min(options.top, model.num_labels))
         classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         found = [{"label": model.label_names[i], "probability": p} for i, p in classes]
@@ -39,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     Console().print(table)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        report = {"labels": list(model.label_names), "images": results, "skipped": skipped}
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return results
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.training.inference import image_files, make_parser, open_model, predictions
 from slora_diffusers.training.pictures import overlay
 from slora_diffusers.vision import SerialLoraForSemanticSegmentation
@@ -27,15 +29,18 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/segmentation"), help="Where the pictures go.")
     parser.add_argument("--opacity", type=float, default=0.55, help="Weight of the colours in the overlay, 0 to 1.")
     options = parser.parse_args(argv)
+    if not 0 <= options.opacity <= 1:
+        raise SerialLoraError(f"--opacity must lie in [0, 1]; got {options.opacity}.")
     paths = image_files(options.images)
-    model = open_model(SerialLoraForSemanticSegmentation, options)
+    model = open_model((SerialLoraForSemanticSegmentation,), options)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    results = []
-    for number, (path, image, logits) in enumerate(predictions(model, paths, options)):
+    results, skipped, used = [], [], set()
+    for path, image, logits in predictions(model, paths, options, skipped):
         resized = F.interpolate(logits[None], (image.height, image.width), mode="bilinear")
         mask = resized.argmax(1)[0].byte().numpy()  # (H, W)
-        same = [other for other in paths[:number] if other.stem == path.stem]
-        stem = path.stem if not same else f"{path.stem}_{len(same) + 1}"  # files of one name in several folders
+        stems = (path.stem if number == 1 else f"{path.stem}_{number}" for number in count(1))
+        stem = next(stem for stem in stems if stem not in used)  # files of one name in several folders
+        used.add(stem)
         Image.fromarray(mask).save(options.output_dir / f"{stem}_mask.png")
         overlay(image, mask, model.label_names, options.opacity).save(options.output_dir / f"{stem}_overlay.png")
         shares = np.bincount(mask.ravel(), minlength=model.num_labels) / mask.size
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         areas = sorted(result["areas"].items(), key=lambda entry: -entry[1])
         table.add_row(Path(result["file"]).name, ", ".join(f"{name} {100 * share:.1f} %" for name, share in areas))
     Console().print(table)
-    report = {"labels": list(model.label_names), "images": results}
+    report = {"labels": list(model.label_names), "images": results, "skipped": skipped}
     (options.output_dir / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return results
 

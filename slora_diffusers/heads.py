@@ -38,6 +38,7 @@ class SerialLoraWithHead(nn.Module):
         self.settings = dict(settings)
         self.label_names = tuple(label_names)
         self.preprocessing = preprocessing
+        self.needs: str | None = None  # a file beside this model's own, with an adapter of another kind
 
     @property
     def num_labels(self) -> int:
@@ -82,6 +83,7 @@ class SerialLoraWithHead(nn.Module):
             "label_names": list(self.label_names),
             "preprocessing": self.preprocessing.to_dict(),
             "base": _describe(self.backbone),
+            **({"needs": self.needs} if self.needs else {}),
         }
         tensors = {**adapter, **{f"head.{key}": tensor for key, tensor in self.head.state_dict().items()}}
         state = AdapterTensors(tensors, {**adapter.metadata, "head": head})
@@ -150,9 +152,16 @@ class SerialLoraWithHead(nn.Module):
                 f"for {cls.task}. An adapter alone goes into a backbone with load_serial_lora()."
             )
         base = saved["base"]
-        if backbone is None and not base["name"]:
+        if saved.get("needs") and not isinstance(backbone, nn.Module):
+            raise AdapterFileError(
+                f"The head of {source} was trained over the adapter in {saved['needs']}, which is not Serial LoRA: "
+                "pass backbone=, a model that has it, or use pipelines/classify_images.py or segment_images.py."
+            )
+        if backbone is None:
+            backbone = _beside(source, base["name"])
+        if backbone is None:
             raise AdapterFileError(f"{source} does not say where its {base['class']} came from: pass backbone=.")
-        opened = cls._open(base["name"] if backbone is None else backbone, model_class=base["class"], **arguments)
+        opened = cls._open(backbone, model_class=base["class"], **arguments)
         preprocessing = Preprocessing.from_dict(saved["preprocessing"])
         head = cls._make_head(opened, len(saved["label_names"]), saved["settings"], preprocessing)
         _load_head(head, tensors)
@@ -213,6 +222,14 @@ def _describe(backbone: nn.Module) -> dict[str, str | None]:
     except ArchitectureError:  # no record covers it, so it has no adapter: a head alone needs none
         name = getattr(getattr(backbone, "config", None), "_name_or_path", None) or None
         return {"class": type(backbone).__name__, "name": name, "fingerprint": None}
+
+
+def _beside(source: Source, name: str | None) -> str | None:
+    """Where the base is: one whose name begins with ./ lies beside the file."""
+    if name is None or not name.startswith("./"):
+        return name or None
+    path = Path(source) if isinstance(source, str | os.PathLike) else Path()
+    return str((path if path.is_dir() else path.parent) / name)
 
 
 def _is_hub_argument(name: str) -> bool:

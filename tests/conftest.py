@@ -11,6 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.vision_recipes import scenes, stripes, vit_base  # noqa: F401  fixtures
+
 torch.set_num_threads(1)
 
 

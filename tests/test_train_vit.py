@@ -17,11 +17,11 @@ from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.files import WEIGHT_NAME
 from slora_diffusers.training import vision
 from slora_diffusers.training.checkpoint import STATE_NAME
+from slora_diffusers.training.labelled import Fetch
 from slora_diffusers.vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
 from tests.tiny_vision import SIZE, VISION
-from train_scripts import train_vit_classification, train_vit_segmentation
-
-QUIET = ["--validation_steps", "0", "--checkpointing_steps", "0", "--rank", "4", "--train_batch_size", "4"]
+from tests.vision_recipes import QUIET, classify, segment
+from train_scripts import train_vit_classification
 
 
 @pytest.fixture(autouse=True)
@@ -31,64 +31,16 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    VISION["Dinov2Model"].build().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stripes(tmp_path_factory):
-    """Horizontal and vertical stripes in noise: the mean colour tells nothing."""
-    folder, r = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
-    for index in range(24):
-        pattern = np.zeros((SIZE, SIZE, 3), np.int64)
-        pattern[index % 4 :: 4] = 180
-        image = pattern if index % 2 else pattern.transpose(1, 0, 2)
-        place = folder / ("across" if index % 2 else "down")
-        place.mkdir(exist_ok=True)
-        noisy = np.clip(image + r.integers(0, 60, image.shape), 0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(place / f"{index:02}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    """A bright square on a dark ground, and its mask; and the label map."""
-    folder, r = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
-    for part in ("images", "masks"):
-        (folder / part).mkdir()
-    for index in range(12):
-        y, x = r.integers(0, 3, 2) * 4
-        mask = np.zeros((2 * SIZE, 2 * SIZE), np.uint8)
-        mask[2 * y : 2 * y + 16, 2 * x : 2 * x + 16] = 200
-        image = np.clip(mask[..., None].astype(int) + r.integers(0, 50, (2 * SIZE, 2 * SIZE, 3)), 0, 255)
-        Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"{index}.png")
-        Image.fromarray(mask).save(folder / "masks" / f"{index}.png")
-    (folder / "labels.json").write_text(json.dumps({"ground": 0, "square": 200}))
-    return folder
-
-
-def classify(base, stripes, out, *flags):
-    argv = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(stripes), "--output_dir", str(out)]
-    return train_vit_classification.main([*argv, *QUIET, *flags])
-
-
-def segment(base, scenes, out, *flags):
-    argv = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(scenes), "--output_dir", str(out)]
-    data = ["--validation_data_dir", str(scenes), "--label_map", str(scenes / "labels.json")]
-    return train_vit_segmentation.main([*argv, *data, *QUIET, *flags])
-
-
 def losses(out) -> list[float]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_classifier_learns_and_its_file_gives_the_same_scores(base, stripes, tmp_path):
+def test_classifier_learns_and_its_file_gives_the_same_scores(vit_base, stripes, tmp_path):
     flags = ["--max_train_steps", "80", "--validation_steps", "80", "--learning_rate", "6e-3", "--pooling", "both"]
-    scores = classify(base, stripes, tmp_path, *flags, "--smallest_crop", "1", "--validation_data_dir", str(stripes))
+    scores = classify(
+        vit_base, stripes, tmp_path, *flags, "--smallest_crop", "1", "--validation_data_dir", str(stripes)
+    )
     assert scores["top1"] > 85
     model = SerialLoraForImageClassification.from_pretrained(tmp_path)
     assert model.label_names == ("across", "down")
@@ -102,8 +54,8 @@ def test_classifier_learns_and_its_file_gives_the_same_scores(base, stripes, tmp
 
 
 @pytest.mark.parametrize("adapter", ["serial", "lora", "full", "head"])
-def test_every_adapter_trains_what_it_says_from_the_same_first_loss(adapter, base, stripes, tmp_path):
-    classify(base, stripes, tmp_path, "--max_train_steps", "3", "--adapter", adapter)
+def test_every_adapter_trains_what_it_says_from_the_same_first_loss(adapter, vit_base, stripes, tmp_path):
+    classify(vit_base, stripes, tmp_path, "--max_train_steps", "3", "--adapter", adapter)
     first = losses(tmp_path)[0]
     assert first == pytest.approx(np.log(2), abs=1e-4)  # the new head knows nothing, whatever the adapter
     names = {"lora": "head.safetensors"}.get(adapter, WEIGHT_NAME)
@@ -115,8 +67,8 @@ def test_every_adapter_trains_what_it_says_from_the_same_first_loss(adapter, bas
 
 
 @pytest.mark.parametrize(("adapter", "rate"), [("serial", 6e-3), ("lora", 3e-3), ("head", 1e-2)])
-def test_each_adapter_has_its_own_default_rate_after_a_warm_up_of_a_tenth(adapter, rate, base, stripes, tmp_path):
-    classify(base, stripes, tmp_path, "--max_train_steps", "20", "--adapter", adapter, "--shots", "2")
+def test_each_adapter_has_its_own_default_rate_after_a_warm_up_of_a_tenth(adapter, rate, vit_base, stripes, tmp_path):
+    classify(vit_base, stripes, tmp_path, "--max_train_steps", "20", "--adapter", adapter, "--shots", "2")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates[:3] == pytest.approx([0, rate / 2, rate])
@@ -124,37 +76,37 @@ def test_each_adapter_has_its_own_default_rate_after_a_warm_up_of_a_tenth(adapte
     assert used["head_learning_rate"] == (1e-2 if adapter == "head" else 3e-3)
 
 
-def test_epochs_become_steps_and_the_warm_up_is_a_tenth_of_them(base, stripes, tmp_path):
+def test_epochs_become_steps_and_the_warm_up_is_a_tenth_of_them(vit_base, stripes, tmp_path):
     """20 of the 24 images train, four at a time: five batches an epoch."""
-    classify(base, stripes, tmp_path, "--num_train_epochs", "4", "--validation_fraction", "0.2")
+    classify(vit_base, stripes, tmp_path, "--num_train_epochs", "4", "--validation_fraction", "0.2")
     used = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert len(losses(tmp_path)) == used["max_train_steps"] == 20 and used["lr_warmup_steps"] == 2
 
 
-def test_revision_and_download_folder_reach_all_that_is_opened(base, stripes, tmp_path, monkeypatch):
+def test_revision_and_download_folder_reach_all_that_is_opened(vit_base, stripes, tmp_path, monkeypatch):
     opened = []
     for owner, name in ((vision, "open_backbone"), (vision.Preprocessing, "of")):
         original = getattr(owner, name)
         spy = lambda path, original=original, **where: opened.append(where) or original(path, **where)  # noqa: E731
         monkeypatch.setattr(owner, name, spy)
     flags = ["--max_train_steps", "1", "--shots", "2", "--cache_dir", str(tmp_path / "hub"), "--revision", "main"]
-    classify(base, stripes, tmp_path / "out", *flags)
+    classify(vit_base, stripes, tmp_path / "out", *flags)
     assert len(opened) == 2
     assert all(w["cache_dir"] == str(tmp_path / "hub") and w["revision"] == "main" for w in opened)
 
 
-def test_flags_win_over_the_default_rates(base, stripes, tmp_path):
+def test_flags_win_over_the_default_rates(vit_base, stripes, tmp_path):
     flags = ["--max_train_steps", "2", "--learning_rate", "5e-4", "--lr_warmup_steps", "0", "--shots", "2"]
-    classify(base, stripes, tmp_path, *flags)
+    classify(vit_base, stripes, tmp_path, *flags)
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert first["lr"] == pytest.approx(5e-4)
 
 
-def test_adapters_see_the_same_images_in_the_same_order(base, stripes, tmp_path, monkeypatch):
+def test_adapters_see_the_same_images_in_the_same_order(vit_base, stripes, tmp_path, monkeypatch):
     seen = {}
     for adapter in ("serial", "lora"):
         names = seen[adapter] = []
-        original = train_vit_classification.Fetch.__call__
+        original = Fetch.__call__
 
         def spy(self, item, shape, draw, names=names, original=original):
             pixels = original(self, item, shape, draw)
@@ -162,58 +114,54 @@ def test_adapters_see_the_same_images_in_the_same_order(base, stripes, tmp_path,
             return pixels
 
         with monkeypatch.context() as patch:
-            patch.setattr(train_vit_classification.Fetch, "__call__", spy)
-            classify(base, stripes, tmp_path / adapter, "--max_train_steps", "3", "--adapter", adapter, "--shots", "5")
+            patch.setattr(Fetch, "__call__", spy)
+            classify(
+                vit_base, stripes, tmp_path / adapter, "--max_train_steps", "3", "--adapter", adapter, "--shots", "5"
+            )
     assert seen["serial"] == seen["lora"]
     assert len({name for name, _ in seen["serial"]}) == 10
 
 
-def test_fully_trained_model_opens_with_its_own_backbone(base, stripes, tmp_path):
-    classify(base, stripes, tmp_path, "--max_train_steps", "2", "--adapter", "full")
+def test_fully_trained_model_opens_with_its_own_backbone(vit_base, stripes, tmp_path):
+    classify(vit_base, stripes, tmp_path, "--max_train_steps", "2", "--adapter", "full")
     model = SerialLoraForImageClassification.from_pretrained(tmp_path)
     untouched = VISION["Dinov2Model"].build()
     assert not torch.equal(model.backbone.encoder.layer[0].mlp.fc1.weight, untouched.encoder.layer[0].mlp.fc1.weight)
 
 
-def test_resumed_run_equals_the_uninterrupted_one(base, stripes, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_one(vit_base, stripes, tmp_path):
     flags = ["--max_train_steps", "6", "--checkpointing_steps", "3", "--dropout", "0.1", "--random_flip"]
-    classify(base, stripes, tmp_path / "whole", *flags)
+    classify(vit_base, stripes, tmp_path / "whole", *flags)
     (tmp_path / "resumed").mkdir()
     (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "resumed" / "checkpoint-3")
     assert (tmp_path / "resumed" / "checkpoint-3" / STATE_NAME).is_file()
     AcceleratorState._reset_state(reset_partial_state=True)
-    classify(base, stripes, tmp_path / "resumed", *flags, "--resume_from_checkpoint", "latest")
+    classify(vit_base, stripes, tmp_path / "resumed", *flags, "--resume_from_checkpoint", "latest")
     whole, resumed = (load_file(tmp_path / run / WEIGHT_NAME) for run in ("whole", "resumed"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[3:]
 
 
-def test_head_has_its_own_learning_rate(base, stripes, tmp_path):
+def test_head_has_its_own_learning_rate(vit_base, stripes, tmp_path):
     flags = ["--max_train_steps", "1", "--learning_rate", "1e-9", "--lr_scheduler", "constant"]
-    classify(base, stripes, tmp_path, *flags, "--head_learning_rate", "0.1", "--adam_weight_decay", "0")
+    classify(vit_base, stripes, tmp_path, *flags, "--head_learning_rate", "0.1", "--adam_weight_decay", "0")
     saved = load_file(tmp_path / WEIGHT_NAME)
     assert saved["head.weight"].abs().max() == pytest.approx(0.1, rel=1e-2)  # Adam's first step is the rate itself
     assert all(saved[key].abs().max() < 1e-8 for key in saved if key.endswith("lora_B.weight"))
 
 
-def test_early_stopping_ends_and_keeps_the_best(base, stripes, tmp_path):
-    flags = ["--max_train_steps", "30", "--validation_steps", "1", "--learning_rate", "1e-12"]
-    classify(base, stripes, tmp_path, *flags, "--early_stopping", "2")
-    assert len(losses(tmp_path)) <= 3 + 1  # the score never gets better than the first one
-
-
-def test_segmentation_learns_at_the_original_resolution(base, scenes, tmp_path):
+def test_segmentation_learns_at_the_original_resolution(vit_base, scenes, tmp_path):
     flags = ["--max_train_steps", "40", "--validation_steps", "40", "--learning_rate", "1e-2", "--dice_weight", "1"]
-    scores = segment(base, scenes, tmp_path, *flags, "--balance_classes", "--smallest_crop", "1")
+    scores = segment(vit_base, scenes, tmp_path, *flags, "--balance_classes", "--smallest_crop", "1")
     assert scores["miou"] > 75
     assert scores["miou"] == pytest.approx((scores["iou/ground"] + scores["iou/square"]) / 2, abs=1e-3)
     model = SerialLoraForSemanticSegmentation.from_pretrained(tmp_path)
     assert model.label_names == ("ground", "square")
 
 
-def test_convolutional_head_trains_with_every_option(base, scenes, tmp_path):
+def test_convolutional_head_trains_with_every_option(vit_base, scenes, tmp_path):
     flags = ["--max_train_steps", "2", "--head", "convolutional", "--head_layers", "0", "1", "--head_width", "8"]
-    segment(base, scenes, tmp_path, *flags, "--gradient_checkpointing", "--random_flip", "--use_ema")
+    segment(vit_base, scenes, tmp_path, *flags, "--gradient_checkpointing", "--random_flip", "--use_ema")
     assert "head.levels.1.1.weight" in load_file(tmp_path / WEIGHT_NAME)
 
 
@@ -228,27 +176,27 @@ def test_convolutional_head_trains_with_every_option(base, scenes, tmp_path):
         (["--dataset_name", "somewhere"], "give one of"),
     ],
 )
-def test_bad_options_are_refused_before_a_step(flags, message, base, stripes, tmp_path):
+def test_bad_options_are_refused_before_a_step(flags, message, vit_base, stripes, tmp_path):
     with pytest.raises(SerialLoraError, match=message):
-        classify(base, stripes, tmp_path, *flags)
+        classify(vit_base, stripes, tmp_path, *flags)
     assert not (tmp_path / WEIGHT_NAME).exists()
 
 
-def test_data_set_of_the_datasets_library(base, stripes, tmp_path):
+def test_data_set_of_the_datasets_library(vit_base, stripes, tmp_path):
     import datasets
 
     paths = sorted(stripes.glob("*/*.png"))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["across", "down"])})
     rows = {"image": [str(p) for p in paths], "label": [p.parent.name for p in paths]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "rows")
-    argv = ["--pretrained_model_name_or_path", str(base), "--dataset_name", str(tmp_path / "rows"), *QUIET]
+    argv = ["--pretrained_model_name_or_path", str(vit_base), "--dataset_name", str(tmp_path / "rows"), *QUIET]
     train_vit_classification.main([*argv, "--max_train_steps", "1", "--output_dir", str(tmp_path / "out")])
     assert SerialLoraForImageClassification.from_pretrained(tmp_path / "out").label_names == ("across", "down")
 
 
-def test_classify_images_prints_writes_and_fuses(base, stripes, tmp_path, capsys):
+def test_classify_images_prints_writes_and_fuses(vit_base, stripes, tmp_path, capsys):
     flags = ["--max_train_steps", "5", "--learning_rate", "1e-2"]
-    classify(base, stripes, tmp_path, *flags)
+    classify(vit_base, stripes, tmp_path, *flags)
     model = SerialLoraForImageClassification.from_pretrained(tmp_path)
     one = sorted(stripes.glob("across/*.png"))[0]
     common = [str(one), str(stripes / "down"), "--model", str(tmp_path), "--batch_size", "5"]
@@ -256,7 +204,7 @@ def test_classify_images_prints_writes_and_fuses(base, stripes, tmp_path, capsys
     expected = model(model.preprocessing(Image.open(one))[None]).logits.softmax(1)[0]
     found = {entry["label"]: entry["probability"] for entry in results[0]["classes"]}
     assert [found[name] for name in model.label_names] == pytest.approx(expected.tolist(), rel=1e-4)
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["images"] == results
     assert len(results) == 13
     assert one.name in capsys.readouterr().out
     fused = classify_images.main([*common, "--fuse", "--top", "1"])
@@ -265,8 +213,8 @@ def test_classify_images_prints_writes_and_fuses(base, stripes, tmp_path, capsys
     assert base_only[0]["classes"][0]["probability"] != fused[0]["classes"][0]["probability"]
 
 
-def test_segment_images_writes_masks_and_overlays(base, scenes, tmp_path):
-    segment(base, scenes, tmp_path / "model", "--max_train_steps", "30", "--learning_rate", "1e-2")
+def test_segment_images_writes_masks_and_overlays(vit_base, scenes, tmp_path):
+    segment(vit_base, scenes, tmp_path / "model", "--max_train_steps", "30", "--learning_rate", "1e-2")
     out = tmp_path / "out"
     argv = [str(scenes / "images"), "--model", str(tmp_path / "model"), "--output_dir", str(out)]
     results = segment_images.main(argv)
@@ -275,7 +223,7 @@ def test_segment_images_writes_masks_and_overlays(base, scenes, tmp_path):
     assert set(np.unique(mask)) <= {0, 1}
     areas = next(r["areas"] for r in results if r["mask"] == "3_mask.png")
     assert areas.get("square", 0) == pytest.approx((mask == 1).mean())
-    picture = np.asarray(Image.open(out / "3_overlay.png"))[: 2 * SIZE].astype(int)
+    picture = np.asarray(Image.open(out / "3_overlay.png"))[: 2 * SIZE, : 2 * SIZE].astype(int)
     image = np.asarray(Image.open(scenes / "images" / "3.png")).astype(int)
     assert ((picture != image).any(-1) == (mask == 1)).mean() > 0.99  # a pixel may have the palette's colour already
     assert json.loads((out / "results.json").read_text())["labels"] == ["ground", "square"]

@@ -3,12 +3,14 @@
     accelerate launch train_scripts/train_vit_segmentation.py --pretrained_model_name_or_path facebook/dinov2-small \
         --train_data_dir scenes --validation_data_dir more_scenes --label_map labels.json --head convolutional
 
-`labels.json` says what the masks' values or colours mean: {"background": 0, "cat": [255, 0, 0], "ignore": 255}.
+`labels.json` says what the masks' values mean, {"background": 0, "cat": 1, "ignore": 255}, or their colours, [r, g, b].
+Images and masks may also be columns of a data set (--dataset_name).
 The result is one small file with adapter, head, label names and preprocessing, for pipelines/segment_images.py.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,8 +22,8 @@ from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.preprocessing import Preprocessing
 from slora_diffusers.training.batches import Batch
 from slora_diffusers.training.data import Item
-from slora_diffusers.training.labelled import Fetch, Mask
-from slora_diffusers.training.masks import class_names, mask_folder, read_label_map
+from slora_diffusers.training.labelled import Fetch, Mask, hold_out
+from slora_diffusers.training.masks import LabelMap, class_names, mask_dataset, mask_folder, read_label_map
 from slora_diffusers.training.options import switch, value
 from slora_diffusers.training.run import Run
 from slora_diffusers.training.scores import Overlap, class_weights, confusion_matrix, segmentation_loss
@@ -29,6 +31,12 @@ from slora_diffusers.training.vision import batches_of, fit, open_for_training, 
 from slora_diffusers.vision import SEGMENTATION_HEADS, SerialLoraForSemanticSegmentation
 
 SEGMENTATION = (
+    ("dataset_name", value(str, None, "Data set on the Hub or saved to a folder, instead of --train_data_dir.")),
+    ("dataset_split", value(str, "train", "Split of it to train on.")),
+    ("validation_split", value(str, None, "Split of it to validate on.")),
+    ("image_column", value(str, "image", "Column of the images.")),
+    ("mask_column", value(str, "mask", "Column of the masks, as images.")),
+    ("validation_fraction", value(float, 0.2, "Share of the images to hold out where no validation data are given.")),
     ("label_map", value(str, None, "JSON file: what the masks' values or colours mean.", required=True)),
     ("head", value(str, "linear", "Head over the patches.", choices=SEGMENTATION_HEADS)),
     ("head_layers", value(int, None, "Blocks that the convolutional head reads; four by default.", nargs="+")),
@@ -37,6 +45,23 @@ SEGMENTATION = (
     ("balance_classes", switch("Weigh classes in the cross-entropy by how rare their pixels are.")),
 )
 Masks = dict[str, Callable[[], Mask]]
+
+
+def find_items(options: argparse.Namespace, label_map: LabelMap) -> tuple[list[Item], Masks, list[Item], Masks]:
+    """The images to train on and readers of their masks, by name; and those to validate on."""
+    if (options.train_data_dir is None) == (options.dataset_name is None):
+        raise SerialLoraError("give one of --train_data_dir and --dataset_name.")
+    columns = (options.image_column, options.mask_column)
+    if options.train_data_dir is not None:
+        items, masks = mask_folder(options.train_data_dir, label_map)
+    else:
+        items, masks = mask_dataset(options.dataset_name, options.dataset_split, *columns, label_map)
+    if options.validation_data_dir is not None:
+        return items, masks, *mask_folder(options.validation_data_dir, label_map)
+    if options.validation_split is not None:
+        return items, masks, *mask_dataset(options.dataset_name, options.validation_split, *columns, label_map)
+    items, unseen = hold_out(items, options.validation_fraction, options.seed)
+    return items, {item.name: masks[item.name] for item in items}, unseen, masks
 
 
 @torch.no_grad()
@@ -63,12 +88,9 @@ def pixel_counts(masks: Masks, classes: int) -> Tensor:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, save, and give the scores."""
     options = parse_options(__doc__ or "", SEGMENTATION, argv)
-    if options.train_data_dir is None or options.validation_data_dir is None:
-        raise SerialLoraError("give --train_data_dir and --validation_data_dir.")
     label_map = read_label_map(options.label_map)
     names = class_names(label_map)
-    items, masks = mask_folder(options.train_data_dir, label_map)
-    unseen, unseen_masks = mask_folder(options.validation_data_dir, label_map)
+    items, masks, unseen, unseen_masks = find_items(options, label_map)
     run = Run(options)
     set_seed(options.seed)  # of the head's and the adapter's initial weights: the same on every process
     backbone, prepare = open_for_training(options, run)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -99,6 +101,28 @@ class PeftLora:
             metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, default=str)}
             save_file(tensors, path, metadata=metadata)
         return path
+
+    def load(self, model: nn.Module, path: Path, component: str = "model") -> None:
+        """Put what `save` wrote for one component into its model, whose base it is frozen on.
+
+        Raises:
+            SerialLoraError: If the file does not fit the model.
+        """
+        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+        self.check()
+        with safe_open(path, "pt") as file:
+            metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+            names = [name for name in file.keys() if name.startswith(f"{component}.")]  # noqa: SIM118
+            tensors = {name.removeprefix(f"{component}."): file.get_tensor(name) for name in names}
+        own = {k.removeprefix(f"{component}."): v for k, v in metadata.items() if k.startswith(f"{component}.")}
+        known = {f.name for f in fields(LoraConfig) if f.init}
+        inject_adapter_in_model(LoraConfig(**{k: v for k, v in own.items() if k in known}), model)
+        unexpected = set_peft_model_state_dict(model, tensors).unexpected_keys
+        if unexpected or not tensors:
+            raise SerialLoraError(
+                f"{path} does not fit {type(model).__name__}: {list(unexpected)[:4] or 'it is empty'}."
+            )
 
 
 class EveryWeight:

@@ -131,7 +131,7 @@ def _is_like(value: Any, parameter: Tensor) -> bool:
 
 
 def _shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    if not hasattr(parameter, "device_mesh"):
+    if not hasattr(parameter, "device_mesh") or hasattr(value, "device_mesh"):
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..contexts import serial_lora_scale
 from ..errors import SerialLoraError
+from ..files import read_adapter
+from ..heads import open_backbone
+from .adapters import LORA_WEIGHT_NAME, PeftLora
 from .data import SUFFIXES, read_image
 from .generation import default_device
+from .vision import HEAD_NAME
+
+logger = logging.getLogger(__name__)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -32,8 +40,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def open_model(model_class: Any, options: argparse.Namespace) -> Any:
+def open_model(classes: Sequence[Any], options: argparse.Namespace) -> Any:
     """The model that the options name, on the accelerator if there is one.
+
+    Args:
+        classes: Classes of models; the one whose task the file names opens it.
+        options: Those of `make_parser`.
 
     Raises:
         SerialLoraError: If it cannot be opened, or the options contradict each other.
@@ -43,14 +55,28 @@ def open_model(model_class: Any, options: argparse.Namespace) -> Any:
     if options.fuse and options.scale != 1:
         raise SerialLoraError("--fuse puts the adapter into the weights at scale 1: leave out --scale.")
     device, dtype = default_device(options.dtype)
-    model = model_class.from_pretrained(options.model, options.base).to(device)
+    with_lora = all((Path(options.model) / name).is_file() for name in (HEAD_NAME, LORA_WEIGHT_NAME))
+    name = {"weight_name": HEAD_NAME} if with_lora else {}
+    saved = read_adapter(options.model, **name).metadata.get("head") or {}
+    chosen = next((c for c in classes if c.task == saved.get("task")), classes[0])
+    base = _with_lora(saved["base"], options) if with_lora else options.base
+    model = chosen.from_pretrained(options.model, base, **name).to(device)
     if options.fuse:
         model.fuse()
     return model.to(dtype)
 
 
+def _with_lora(base: dict[str, Any], options: argparse.Namespace) -> nn.Module:
+    """The base of what a recipe saved with --adapter lora, with PEFT's LoRA in it."""
+    if options.fuse or options.scale != 1:
+        raise SerialLoraError(f"--fuse and --scale are for Serial LoRA; {options.model} holds PEFT's LoRA.")
+    backbone = open_backbone(options.base or base["name"], base["class"])
+    PeftLora().load(backbone, Path(options.model) / LORA_WEIGHT_NAME)
+    return backbone
+
+
 def image_files(given: Sequence[str]) -> list[Path]:
-    """The files that are named, and the images in the folders that are, in order.
+    """The files that are named, and the images in the folders that are and in the folders inside them, in order.
 
     Raises:
         SerialLoraError: If there is no such file or folder, or no image in one.
@@ -58,7 +84,7 @@ def image_files(given: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, given):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
                 raise SerialLoraError(f"{path} holds no image; these endings are read: {', '.join(sorted(SUFFIXES))}.")
             found += inside
@@ -71,20 +97,40 @@ def image_files(given: Sequence[str]) -> list[Path]:
 
 @torch.inference_mode()
 def predictions(
-    model: Any, paths: Sequence[Path], options: argparse.Namespace
+    model: Any, paths: Sequence[Path], options: argparse.Namespace, skipped: list[dict[str, str]]
 ) -> Iterator[tuple[Path, Image.Image, Tensor]]:
-    """Every path with its image and its logits, (classes,) or (classes, H, W) in fp32, with a progress bar."""
+    """Every path with its image and its logits, (classes,) or (classes, H, W) in fp32, with a progress bar.
+
+    Args:
+        model: The model to apply.
+        paths: Image files.
+        options: Those of `make_parser`.
+        skipped: Files that are no whole image are noted here, with the reason, and left out.
+
+    Raises:
+        SerialLoraError: If no file is an image.
+    """
     like = next(model.parameters())
     adapted = getattr(model.backbone, "_serial_lora", None) is not None
     with tqdm(total=len(paths), unit="image") as bar:
         for start in range(0, len(paths), options.batch_size):
-            chosen = paths[start : start + options.batch_size]
-            images = [read_image(path) for path in chosen]
-            pixels = torch.stack([model.preprocessing(image) for image in images]).to(like)
-            if adapted:
-                with serial_lora_scale(model.backbone, options.scale):
-                    logits = model(pixels).logits
-            else:
-                logits = model(pixels).logits
-            yield from zip(chosen, images, logits.float().cpu(), strict=True)
-            bar.update(len(chosen))
+            images = _read(paths[start : start + options.batch_size], skipped)
+            if images:
+                pixels = torch.stack([model.preprocessing(image) for image in images.values()]).to(like)
+                with serial_lora_scale(model.backbone, options.scale) if adapted else nullcontext():
+                    logits = model(pixels).logits.float().cpu()
+                yield from zip(images, images.values(), logits, strict=True)
+            bar.update(min(options.batch_size, len(paths) - start))
+    if len(skipped) == len(paths):
+        raise SerialLoraError(f"none of the {len(paths)} files is an image: {skipped[0]['reason']}")
+
+
+def _read(paths: Sequence[Path], skipped: list[dict[str, str]]) -> dict[Path, Image.Image]:
+    images = {}
+    for path in paths:
+        try:
+            images[path] = read_image(path)
+        except SerialLoraError as error:
+            logger.warning("left out: %s", error)
+            skipped.append({"file": str(path), "reason": str(error)})
+    return images

@@ -41,16 +41,16 @@ def image_folder(folder: str | Path, names: Sequence[str] | None = None) -> tupl
     return find_classes(folder, index.get).report().items, given
 
 
-def hub_dataset(
-    name: str, split: str, image_column: str, label_column: str, names: Sequence[str] | None = None
-) -> tuple[list[Item], list[str]]:
-    """The rows of a data set of the `datasets` library, from the Hub or a folder that `save_to_disk` wrote.
+def open_dataset(name: str, split: str, *columns: str) -> Any:
+    """One split of a data set of the `datasets` library, from the Hub or a folder that `save_to_disk` wrote.
 
     Raises:
         SerialLoraError: If there is no such data set, split or column.
     """
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise SerialLoraError("--dataset_name needs the package datasets: pip install datasets.") from error
     try:
         if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
             opened: Any = datasets.load_from_disk(name)
@@ -59,19 +59,48 @@ def hub_dataset(
             opened = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, KeyError) as error:
         raise SerialLoraError(f"the data set {name!r} (split {split!r}) cannot be opened: {error}") from error
-    if missing := {image_column, label_column} - set(opened.column_names):
+    if missing := set(columns) - set(opened.column_names):
         raise SerialLoraError(f"the data set has no column {sorted(missing)}; it has {opened.column_names}.")
+    return opened
+
+
+def hub_dataset(
+    name: str, split: str, image_column: str, label_column: str, names: Sequence[str] | None = None
+) -> tuple[list[Item], list[str]]:
+    """The rows of a data set, and the names of the classes: a ClassLabel's own, else the sorted values.
+
+    Args:
+        name: The data set, see `open_dataset`.
+        split: Its split.
+        image_column: Its column of images.
+        label_column: Its column of classes.
+        names: The classes of another split, whose indices these rows are to have.
+
+    Raises:
+        SerialLoraError: If the data set cannot be opened, or a row has no class, or one that is not in `names`.
+    """
+    opened = open_dataset(name, split, image_column, label_column)
     values = opened[label_column]
-    known = list(names or getattr(opened.features[label_column], "names", None) or sorted({str(v) for v in values}))
-    as_index = isinstance(opened.features[label_column], datasets.ClassLabel)
-    labels = [int(v) if as_index else known.index(str(v)) for v in values]
-    read = [partial(_read_row, opened, row, image_column) for row in range(len(opened))]
+    own = getattr(opened.features[label_column], "names", None)
+    if none := [row for row, value in enumerate(values) if value is None or (own and not 0 <= value < len(own))]:
+        raise SerialLoraError(f"row {none[0]} of the data set has the class {values[none[0]]!r}: leave such rows out.")
+    called = [own[value] if own else str(value) for value in values]
+    numbers = not own and all(isinstance(value, int) for value in values)
+    given = own or sorted(set(called), key=int if numbers else None)
+    known = list(given if names is None else names)
+    if unknown := [row for row, label in enumerate(called) if label not in known]:
+        row = unknown[0]
+        raise SerialLoraError(f"row {row} of the data set has the class {called[row]!r}; known: {', '.join(known)}.")
+    read = [partial(read_row, opened, row, image_column) for row in range(len(opened))]
     return [
-        Item(f"row {i}", r, (0, 0), "", label) for i, (r, label) in enumerate(zip(read, labels, strict=True))
+        Item(f"row {i}", r, (0, 0), "", known.index(label))
+        for i, (r, label) in enumerate(zip(read, called, strict=True))
     ], known
 
 
-def hold_out(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
+def hold_out(
+    items: Sequence[Item], fraction: float, seed: int, names: Sequence[str] | None = None
+) -> tuple[list[Item], list[Item]]:
     """The items to train on and those to validate on: `fraction` of every class, at least one and never all.
 
     Raises:
@@ -83,16 +112,17 @@ def hold_out(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[It
     for label in sorted({item.label for item in items}):
         own = [i for i, item in enumerate(items) if item.label == label]
         if len(own) < 2:
-            raise SerialLoraError(f"class {label} has one image: none can be held out. Give --validation_data_dir.")
+            name = names[label] if names else label
+            raise SerialLoraError(f"class {name} has one image: none can be held out. Give validation images.")
         count = min(max(1, round(len(own) * fraction)), len(own) - 1)
         order = torch.randperm(len(own), generator=generator(seed, "held out", label)).tolist()
         held |= {own[i] for i in order[:count]}
     return [item for i, item in enumerate(items) if i not in held], [items[i] for i in sorted(held)]
 
 
-def few_shots(items: Sequence[Item], shots: int, seed: int) -> list[Item]:
+def few_shots(items: Sequence[Item], shots: int, seed: int, names: Sequence[str] | None = None) -> list[Item]:
     """`shots` items of every class, the same for the same seed; 0 for all."""
-    return [items[i] for i in k_shot([item.label for item in items], shots, seed)]
+    return [items[i] for i in k_shot([item.label for item in items], shots, seed, names)]
 
 
 @dataclass(frozen=True)
@@ -145,5 +175,6 @@ def random_box(size: tuple[int, int], smallest: float, draw: torch.Generator) ->
     return left, top, left + width, top + height
 
 
-def _read_row(dataset: Any, row: int, column: str) -> Image.Image:
+def read_row(dataset: Any, row: int, column: str) -> Image.Image:
+    """The image in one row, as upright RGB."""
     return upright_rgb(dataset[row][column])

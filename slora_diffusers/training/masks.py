@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,27 +15,32 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import SerialLoraError
 from ..vision import IGNORE_INDEX
 from .data import Item, find_images
-from .labelled import Mask
+from .labelled import Mask, open_dataset, read_row
 
 LabelMap = Mapping[str, Any]
 """{class name: value, or [red, green, blue]} in the order of the classes; "ignore" names pixels that do not count."""
 
 
 def read_label_map(path: str | Path) -> LabelMap:
-    """A JSON file like `{"background": 0, "cat": [255, 0, 0], "ignore": 255}`.
+    """A JSON file like `{"background": 0, "cat": 1, "ignore": 255}`, or with colours.
+
+    Where any class has a colour, a plain value v stands for the grey [v, v, v].
 
     Raises:
         SerialLoraError: If the file is missing or no such mapping, or two classes share a value.
     """
     try:
         label_map = json.loads(Path(path).read_text(encoding="utf-8"))
-        keys = [_key(value) for value in label_map.values()]
+        keys = _keys(label_map).values()
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SerialLoraError(
-            f'--label_map {path} must be JSON like {{"background": 0, "cat": [255, 0, 0], "ignore": 255}}: {error}.'
+            f'--label_map {path} must be JSON like {{"background": 0, "cat": 1, "ignore": 255}} or '
+            f'{{"background": [0, 0, 0], "cat": [255, 0, 0], "ignore": [255, 255, 255]}}: {error}.'
         ) from error
-    if len(set(keys)) != len(keys) or len(class_names(label_map)) < 2:
-        raise SerialLoraError(f"--label_map {path} must give two classes or more, each a value of its own.")
+    if len(set(keys)) != len(keys) or not 2 <= len(class_names(label_map)) <= IGNORE_INDEX:
+        raise SerialLoraError(
+            f"--label_map {path} must give from 2 to {IGNORE_INDEX} classes, each a value of its own; got {len(keys)}."
+        )
     return label_map
 
 
@@ -54,14 +60,36 @@ def mask_folder(folder: str | Path, label_map: LabelMap) -> tuple[list[Item], di
     """
     items = find_images(Path(folder) / "images", captions=None, prompt="").report().items
     available = {path.stem: path for path in sorted((Path(folder) / "masks").glob("*")) if path.is_file()}
+    stems = Counter(Path(item.name).stem for item in items)
+    if twice := [stem for stem, count in stems.items() if count > 1]:
+        raise SerialLoraError(
+            f"{folder}/images has several files called {', '.join(twice[:5])}: one mask is not enough."
+        )
     missing = [item.name for item in items if Path(item.name).stem not in available]
     if missing:
         raise SerialLoraError(f"{folder}/masks has no mask for {', '.join(missing[:5])}: give one of the same name.")
     readers = {item.name: partial(read_mask, available[Path(item.name).stem], label_map) for item in items}
-    for item in items:
-        if (shape := readers[item.name]().shape) != item.size:
-            raise SerialLoraError(f"the mask of {item.name} has {shape} pixels (height, width), its image {item.size}.")
-    return items, readers
+    return _checked(items, readers), readers
+
+
+def mask_dataset(
+    name: str, split: str, image_column: str, mask_column: str, label_map: LabelMap
+) -> tuple[list[Item], dict[str, Callable[[], Mask]]]:
+    """The same from a data set of the `datasets` library, with a column of images and one of masks as images.
+
+    Raises:
+        SerialLoraError: As for a folder, or if there is no such data set, split or column.
+    """
+    opened = open_dataset(name, split, image_column, mask_column)
+
+    def read(row: int) -> Mask:
+        return mask_of(opened[row][mask_column], label_map, f"the mask of row {row}")
+
+    images = [partial(read_row, opened, row, image_column) for row in range(len(opened))]
+    sizes = [image().size for image in images]
+    items = [Item(f"row {i}", image, sizes[i][::-1]) for i, image in enumerate(images)]
+    readers = {item.name: partial(read, row) for row, item in enumerate(items)}
+    return _checked(items, readers), readers
 
 
 def read_mask(path: Path, label_map: LabelMap) -> Mask:
@@ -72,29 +100,48 @@ def read_mask(path: Path, label_map: LabelMap) -> Mask:
     """
     try:
         with Image.open(path) as image:
-            colours = any(_is_colour(value) for value in label_map.values())
-            # A palette's indices are the values, unless the map speaks of colours.
-            values = np.asarray(image.convert("RGB") if colours or image.mode in ("RGB", "RGBA") else image)
+            return mask_of(image, label_map, str(path))
     except (OSError, UnidentifiedImageError) as error:
         raise SerialLoraError(f"{path} cannot be read as a mask: {error}.") from error
-    if values.ndim == 3:
-        values = values.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+
+
+def mask_of(image: Image.Image, label_map: LabelMap, name: str) -> Mask:
+    """The same of an image; `name` is for errors."""
+    if _has_colours(label_map):
+        values = np.asarray(image.convert("RGB")).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    elif image.mode in ("P", "L", "1", "I", "I;16"):  # a palette's indices are the values
+        values = np.asarray(image)
+    else:
+        values = np.asarray(image.convert("RGB"))
+        if (values != values[..., :1]).any():
+            raise SerialLoraError(f"{name} is in colour, and the label map gives no colour: write it as [r, g, b].")
+        values = values[..., 0]
     classes = class_names(label_map)
-    lookup = {_key(v): IGNORE_INDEX if name == "ignore" else classes.index(name) for name, v in label_map.items()}
+    lookup = {key: IGNORE_INDEX if name == "ignore" else classes.index(name) for name, key in _keys(label_map).items()}
     found, inverse = np.unique(values, return_inverse=True)
     if unknown := [int(value) for value in found if int(value) not in lookup]:
         shown = [f"#{value:06x}" if values.max() > 255 else str(value) for value in unknown[:5]]
-        raise SerialLoraError(f"{path} holds the values {', '.join(shown)}, which the label map does not name.")
+        raise SerialLoraError(f"{name} holds the values {', '.join(shown)}, which the label map does not name.")
     return np.array([lookup[int(value)] for value in found], np.uint8)[inverse].reshape(values.shape)
 
 
-def _is_colour(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+def _checked(items: list[Item], readers: Mapping[str, Callable[[], Mask]]) -> list[Item]:
+    for item in items:
+        if (shape := readers[item.name]().shape) != item.size:
+            raise SerialLoraError(f"the mask of {item.name} has {shape} pixels (height, width), its image {item.size}.")
+    return items
 
 
-def _key(value: Any) -> int:
-    """A value, or a colour as one number."""
-    if _is_colour(value):
-        red, green, blue = (int(part) for part in value)
-        return (red << 16) + (green << 8) + blue
-    return int(value)
+def _has_colours(label_map: LabelMap) -> bool:
+    return any(isinstance(value, Sequence) and not isinstance(value, str) for value in label_map.values())
+
+
+def _keys(label_map: LabelMap) -> dict[str, int]:
+    """Every name's value, or colour as one number; among colours a value stands for a grey."""
+    if not _has_colours(label_map):
+        return {name: int(value) for name, value in label_map.items()}
+    keys = {}
+    for name, value in label_map.items():
+        red, green, blue = (int(part) for part in (value if isinstance(value, Sequence) else [value] * 3))
+        keys[name] = (red << 16) + (green << 8) + blue
+    return keys

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..vision import IGNORE_INDEX
-
-_ROW = 14  # pixels of one line of the legend
 
 
 def palette(classes: int) -> np.ndarray:
@@ -40,11 +39,14 @@ def overlay(image: Image.Image, mask: np.ndarray, names: Sequence[str], opacity:
     """
     colours, mixed = palette(len(names)), blend(image, mask, len(names), opacity)
     present = [i for i in range(1, len(names)) if (mask == i).any()]
-    picture = Image.new("RGB", (image.width, image.height + _ROW * len(present)), "white")
+    row = max(14, image.height // 40)  # pixels of one line of the legend
+    font = ImageFont.load_default(round(0.8 * row))
+    width = max([image.width, *(row + 6 + math.ceil(font.getlength(names[i])) for i in present)])
+    picture = Image.new("RGB", (width, image.height + row * len(present)), "white")
     picture.paste(mixed, (0, 0))
     draw = ImageDraw.Draw(picture)
-    for row, i in enumerate(present):
-        y = image.height + row * _ROW
-        draw.rectangle((2, y + 2, _ROW - 3, y + _ROW - 3), fill=tuple(int(c) for c in colours[i]))
-        draw.text((_ROW + 2, y + 1), names[i], fill="black", font=ImageFont.load_default())
+    for number, i in enumerate(present):
+        y = image.height + number * row
+        draw.rectangle((2, y + 2, row - 3, y + row - 3), fill=tuple(int(c) for c in colours[i]))
+        draw.text((row + 2, y + row // 2), names[i], fill="black", font=font, anchor="lm")
     return picture

@@ -30,6 +30,10 @@ def check_options(options: argparse.Namespace) -> None:
         number = getattr(options, name)
         if number is not None and number < 1:
             raise SerialLoraError(f"--{name} must be at least 1; got {number}.")
+    for name in ("validation_steps", "checkpointing_steps", "lr_warmup_steps"):
+        number = getattr(options, name)
+        if number is not None and number < 0:
+            raise SerialLoraError(f"--{name} must be at least 0; got {number}.")
     if options.cache_latents and not options.center_crop:
         raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --no-center_crop.")
     if options.adapter == "full" and options.quantize:

@@ -267,10 +267,16 @@ class Run:
             checkpoint.write_checkpoint(self.output_dir, self.start, state, limit, lambda folder: None)
         self.accelerator.wait_for_everyone()
 
-    def finish(self) -> Path:
-        """Save the adapter to `output_dir`, and upload it if asked; every process calls. Gives what was written."""
+    def finish(self, weights: Mapping[str, Tensor] | None = None) -> Path:
+        """Save the adapter to `output_dir`, and upload it if asked; every process calls. Gives what was written.
+
+        Args:
+            weights: What to save, by the names of the trained parameters, instead of the last weights.
+        """
         options, main = self.options, self.accelerator.is_main_process
         with self.evaluation():
+            if weights is not None:
+                checkpoint.load_parameters(trainable(self.models.values()), weights)
             path = self.adapter.save(self.models, self.output_dir, main)
         if options.push_to_hub and main:
             prompt = getattr(options, "validation_prompt", None) or getattr(options, "instance_prompt", None) or PROMPT

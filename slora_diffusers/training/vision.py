@@ -15,9 +15,9 @@ from ..config import SerialLoraConfig
 from ..errors import SerialLoraError
 from ..features import patch_size
 from ..files import WEIGHT_NAME
-from ..heads import open_backbone
+from ..heads import SerialLoraWithHead, open_backbone
 from ..preprocessing import Preprocessing
-from ..vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
+from ..sites import find_slots
 from .adapters import ADAPTERS, Adapter, Models
 from .batches import Batch, Batches, Rows, bucket_shapes
 from .data import Item
@@ -27,7 +27,6 @@ from .precision import trainable
 from .run import Run
 
 logger = logging.getLogger(__name__)
-ModelWithHead = SerialLoraForImageClassification | SerialLoraForSemanticSegmentation
 
 HEAD_NAME = "head.safetensors"
 _NOT_HERE = {  # options of the diffusion recipes that the training library reads
@@ -54,8 +53,16 @@ VISION: Group = (
 )
 
 
-def parse_options(description: str, own: Group, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(
+    description: str, own: Group, argv: Sequence[str] | None, rates: Mapping[str, float] = LEARNING_RATES
+) -> argparse.Namespace:
     """The options of a vision recipe: the training library's that make sense here, the shared ones and its own.
+
+    Args:
+        description: What the recipe does.
+        own: Its own options.
+        argv: The command line.
+        rates: The learning rate of each --adapter that the recipe offers, unless one is given.
 
     Raises:
         SerialLoraError: If a value is out of range.
@@ -65,8 +72,10 @@ def parse_options(description: str, own: Group, argv: Sequence[str] | None) -> a
     parser = make_parser(description, *groups[:2], VISION, own, *groups[2:])
     parser.set_defaults(**_NOT_HERE, lr_scheduler="cosine", train_batch_size=16, rank=8)
     options = parse(parser, argv)
+    if options.adapter not in rates:
+        raise SerialLoraError(f"--adapter must be one of {', '.join(rates)} here; got {options.adapter}.")
     if options.learning_rate is None:
-        options.learning_rate = LEARNING_RATES[options.adapter]
+        options.learning_rate = rates[options.adapter]
     if options.head_learning_rate is None:
         options.head_learning_rate = options.learning_rate if options.adapter == "head" else HEAD_LEARNING_RATE
     if not 0 < options.smallest_crop <= 1:
@@ -96,12 +105,17 @@ class WithHead:
         backbone = model.get_submodule("backbone")
         name = WEIGHT_NAME
         if self.adapter is ADAPTERS["lora"]:  # under another name: opened without PEFT, it would lack its adapter
-            self.adapter.save({"model": backbone}, folder, is_main_process)
+            model.needs = self.adapter.save({"model": backbone}, folder, is_main_process).name  # type: ignore[assignment]
             name = HEAD_NAME
         elif self.adapter is ADAPTERS["full"]:
             self.adapter.save({"model": backbone}, folder, is_main_process)
-            backbone.config._name_or_path = str(folder / "model")  # type: ignore[union-attr]
+            backbone.config._name_or_path = "./model"  # type: ignore[union-attr]  beside the head, wherever that goes
         return model.save_pretrained(folder, weight_name=name, is_main_process=is_main_process)  # type: ignore[operator]
+
+
+def hub_arguments(options: argparse.Namespace) -> dict[str, str]:
+    """The options that say where on the Hub a model is, those that are given."""
+    return {name: getattr(options, name) for name in ("revision", "cache_dir") if getattr(options, name) is not None}
 
 
 def open_for_training(options: argparse.Namespace, run: Run) -> tuple[nn.Module, Preprocessing]:
@@ -110,8 +124,7 @@ def open_for_training(options: argparse.Namespace, run: Run) -> tuple[nn.Module,
     Raises:
         SerialLoraError: If there is no such model, or the images would not divide into its patches.
     """
-    path = options.pretrained_model_name_or_path
-    where = {name: getattr(options, name) for name in ("revision", "cache_dir") if getattr(options, name) is not None}
+    path, where = options.pretrained_model_name_or_path, hub_arguments(options)
     backbone = open_backbone(path, dtype=run.weight_dtype, **where)
     own = Preprocessing.of(path, **where)
     sides = own.size if options.resolution is None else (options.resolution, options.resolution)
@@ -129,45 +142,73 @@ def batches_of(run: Run, items: Sequence[Item], fetch: Fetch) -> Callable[[int],
     return lambda start: batches.read(start, options.dataloader_num_workers)
 
 
-def prepare_model(run: Run, model: ModelWithHead) -> Any:
+def prepare_model(run: Run, model: SerialLoraWithHead) -> Any:
     """Attach the adapter, make the optimizer (the head at its own rate), and give the model to call."""
     options = run.options
     run.adapter = WithHead(run.adapter)
+    if options.adapter == "serial" and options.inputs is None:
+        options.inputs = usual_inputs(model.backbone)
     run.attach(model.to(run.device))
+    freeze_unused(run, model)
     if options.lr_warmup_steps is None:
         options.lr_warmup_steps = options.max_train_steps // 10
     (prepared,) = run.prepare({"model": model}, {"model.head": options.head_learning_rate})
     return prepared
 
 
+def usual_inputs(backbone: nn.Module) -> list[str]:
+    """What the attentions read and, where a record names it, their output: together they did best (docs/vision.md)."""
+    pairs = [slot.pair for slot in find_slots(backbone)]
+    return list(dict.fromkeys(p.name for p in pairs if not p.optional or p.name.endswith("attention_output")))
+
+
+def freeze_unused(run: Run, model: SerialLoraWithHead) -> None:
+    """Freeze what the output does not depend on (mask tokens, poolers, blocks after the last one that a head reads).
+
+    Processes that train together wait for the gradient of every parameter, and such a one never comes.
+    """
+    pixels = torch.zeros(1, 3, *model.preprocessing.size, device=run.device, dtype=run.weight_dtype)
+    with torch.random.fork_rng(), run.accelerator.autocast():
+        model(pixels).logits.sum().backward()
+    unused = {name: parameter for name, parameter in trainable([model]) if parameter.grad is None}
+    for parameter in unused.values():
+        parameter.requires_grad_(False)
+    model.zero_grad()
+    if unused:
+        shown = ", ".join(list(unused)[:4]) + (", ..." if len(unused) > 4 else "")
+        logger.info("%d tensors do not reach the output and stay as they are: %s", len(unused), shown)
+
+
 class Stopping:
-    """The best score so far, its weights, and whether it has been waited for long enough.
+    """The best score so far, what belongs to it, and whether it has been waited for long enough.
 
     Args:
         run: Whose weights to keep.
-        patience: Validations without a better score after which to stop; 0 for never.
+        patience: Validations without a better score after which to stop; 0 to keep the last, whatever it is.
     """
 
     def __init__(self, run: Run, patience: int) -> None:
         self.run, self.patience = run, patience
         self.best, self.waited = float("-inf"), 0
-        self._weights: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] | None = None
+        self.scores: dict[str, float] = {}
 
-    def now(self, score: float) -> bool:
-        """Note a score; whether to stop."""
-        if not self.patience:
-            return False
-        self.waited += 1
-        if score > self.best:
-            self.best, self.waited = score, 0
-            self._weights = {name: p.detach().clone() for name, p in trainable(self.run.models.values())}
-        return self.waited >= self.patience
+    def note(self, scores: dict[str, float], score: str) -> bool:
+        """Note scores, inside `run.evaluation()`, where parameters are those that were judged; whether to keep them."""
+        better = scores[score] > self.best
+        self.waited = 0 if better else self.waited + 1
+        self.best = max(self.best, scores[score])
+        if better and self.patience:
+            self.weights = {name: p.detach().clone() for name, p in trainable(self.run.models.values())}
+        if better or not self.patience:
+            self.scores = scores
+            return True
+        return False
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the best weights back, if there are any."""
-        for name, parameter in trainable(self.run.models.values()) if self._weights else ():
-            parameter.copy_(self._weights[name])
+    @property
+    def now(self) -> bool:
+        """Whether to stop."""
+        return bool(self.patience) and self.waited >= self.patience
 
 
 def fit(
@@ -176,8 +217,9 @@ def fit(
     loss_of: Callable[[Batch], Tensor],
     evaluate: Callable[[], Mapping[str, float]],
     score: str,
+    keep: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Train until --max_train_steps, an interruption or --early_stopping, and save; gives the last scores.
+    """Train until --max_train_steps, an interruption or --early_stopping, and save.
 
     Args:
         run: A prepared run.
@@ -185,26 +227,31 @@ def fit(
         loss_of: Loss of a micro-batch.
         evaluate: Scores on the validation images, in percent.
         score: Which of them decides about stopping.
+        keep: Called after an evaluation of weights that would be saved, were they the last or the best.
+
+    Returns:
+        The scores of what is saved: the last, or with --early_stopping the best ones.
     """
-    options, scores = run.options, {}
+    options = run.options
     stopping = Stopping(run, options.early_stopping)
     if run.start and options.early_stopping:
         logger.warning("a resumed run knows no earlier score: early stopping counts from step %d", run.start)
 
-    def validate(number: int) -> bool:
+    def validate(number: int) -> None:
         with run.evaluation():
-            scores.update(evaluate())
+            scores = dict(evaluate())
+            if stopping.note(scores, score) and run.accelerator.is_main_process:
+                keep()
         run.log(scores, number)
-        shown = ", ".join(f"{name} {scored:.1f}" for name, scored in scores.items())
-        logger.info("step %d: %s", number, shown)
-        return stopping.now(scores[score])
+        logger.info("step %d: %s", number, ", ".join(f"{name} {scored:.1f}" for name, scored in scores.items()))
 
     if run.start == 0 and run.validates_at(0):
         validate(0)
     for step in run.steps(batches, loss_of):
-        if not step.interrupted and run.validates_at(step.number) and validate(step.number):
-            logger.info("step %d: %d validations without a better %s", step.number, options.early_stopping, score)
-            break
-    stopping.restore()
-    run.finish()
-    return scores
+        if not step.interrupted and run.validates_at(step.number):
+            validate(step.number)
+            if stopping.now:
+                logger.info("step %d: %d validations without a better %s", step.number, options.early_stopping, score)
+                break
+    run.finish(stopping.weights)
+    return stopping.scores
