@@ -20,7 +20,7 @@ from slora_diffusers.training.checkpoint import STATE_NAME
 from slora_diffusers.training.labelled import Fetch
 from slora_diffusers.vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
 from tests.tiny_vision import SIZE, VISION
-from tests.vision_recipes import QUIET, classify, segment
+from tests.vision_recipes import QUIET, classify, losses, segment
 from train_scripts import train_vit_classification
 
 
@@ -29,11 +29,6 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def losses(out) -> list[float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_classifier_learns_and_its_file_gives_the_same_scores(vit_base, stripes, tmp_path):

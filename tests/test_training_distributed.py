@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 WEIGHTS = "serial_lora_weights.safetensors"
 SCRIPT = [str(ROOT / "train_scripts" / "train_dit.py")]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
@@ -27,6 +29,15 @@ def run(*command, **more):
     return subprocess.run(
         [sys.executable, *command], env=ENVIRONMENT, cwd=ROOT, timeout=500, capture_output=True, text=True, **more
     )
+
+
+def wait_until(true, process):
+    """Wait until something is true, while the process that is to make it true lives."""
+    deadline = time.monotonic() + 300
+    while not true() and time.monotonic() < deadline:
+        assert process is None or process.poll() is None, "the process ended before"
+        time.sleep(0.02)
+    assert true()
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +85,59 @@ def test_two_processes_equal_one_at_the_same_global_batch_and_write_one_file(bas
 
 def test_a_killed_run_resumes_to_the_bit_under_accelerate_launch(base, tmp_path):
     options = {"max_train_steps": 12, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "validation_steps": 0}
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    through = run(*launch, *SCRIPT, *flags(base, tmp_path / "through", 3, **options))
+    through = run(*LAUNCH, *SCRIPT, *flags(base, tmp_path / "through", 3, **options))
     assert through.returncode == 0, through.stderr[-3000:]
     out = tmp_path / "killed"
     command = [sys.executable, *SCRIPT, *flags(base, out, 3, **options)]
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not (out / "checkpoint-4").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until((out / "checkpoint-4").exists, process)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (out / WEIGHTS).exists()
-    resumed = run(*launch, *SCRIPT, *flags(base, out, 3, **options, resume_from_checkpoint="latest"))
+    resumed = run(*LAUNCH, *SCRIPT, *flags(base, out, 3, **options, resume_from_checkpoint="latest"))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     one, other = load_file(tmp_path / "through" / WEIGHTS), load_file(out / WEIGHTS)
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
     assert log(out, "loss") == log(tmp_path / "through", "loss")
+
+
+def test_ending_accelerate_launch_saves_a_checkpoint_and_ends_the_run(base, tmp_path):
+    out = tmp_path / "out"
+    options = {"max_train_steps": 100000, "checkpointing_steps": 0, "validation_steps": 0}
+    process = subprocess.Popen(
+        [sys.executable, *LAUNCH, *SCRIPT, *flags(base, out, 3, **options)],
+        env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_until(lambda: (out / "metrics.jsonl").exists() and len(log(out, "loss")) > 3, process)
+    process.terminate()
+    process.wait(timeout=60)
+    wait_until((out / WEIGHTS).exists, None)
+    (checkpoint,) = out.glob("checkpoint-*")
+    steps = log(out, "loss")
+    time.sleep(1)
+    assert log(out, "loss") == steps and checkpoint.name == f"checkpoint-{max(steps)}"
+
+
+def test_two_processes_train_a_vision_model_whose_weights_are_not_all_used(vit_base, stripes, scenes, tmp_path):
+    """DINOv2's mask token, and the pairs of blocks after the last one that the head reads, get no gradient."""
+    common = ["--pretrained_model_name_or_path", str(vit_base), "--rank", "4", "--max_train_steps", "3"]
+    common += ["--validation_steps", "3", "--checkpointing_steps", "0"]
+    labels = ["--label_map", str(scenes / "labels.json"), "--validation_data_dir", str(scenes)]
+    head = ["--head", "convolutional", "--head_layers", "0", "--head_width", "8"]
+    cases = {
+        "classification": ["--train_data_dir", str(stripes), "--adapter", "full"],
+        "segmentation": ["--train_data_dir", str(scenes), *labels, *head],
+    }
+    for name, own in cases.items():
+        script = str(ROOT / "train_scripts" / f"train_vit_{name}.py")
+        for count, launch in ((2, TORCHRUN), (1, [])):
+            out = ["--output_dir", str(tmp_path / f"{name}-{count}"), "--train_batch_size", str(8 // count)]
+            done = run(*launch, script, *common, *own, *out)
+            assert done.returncode == 0, done.stderr[-3000:]
+        for measured in ("loss", "grad_norm", "top1" if name == "classification" else "miou"):
+            two, one = (log(tmp_path / f"{name}-{count}", measured) for count in (2, 1))
+            assert two.keys() == one.keys() and len(one)
+            assert_close([*two.values()], [*one.values()], rtol=1e-3, atol=1e-5)
 
 
 def test_fsdp2_shards_save_and_resume_as_one_process(tmp_path):

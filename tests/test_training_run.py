@@ -6,10 +6,11 @@ import json
 import huggingface_hub
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.training import checkpoint
+from slora_diffusers.training import checkpoint, preflight
 from slora_diffusers.training.checkpoint import STATE_NAME, find_checkpoint, read_checkpoint, write_checkpoint
 from slora_diffusers.training.run import Run
 from tests.tiny_pipelines import tiny_dit_pipeline
@@ -166,3 +167,22 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoint-1" / STATE_NAME).write_bytes(b"not a checkpoint")
     with pytest.raises(SerialLoraError, match="checkpoint-1 is damaged"):
         read_checkpoint(tmp_path / "checkpoint-1")
+
+
+def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(base, tmp_path):
+    flags = ["--checkpointing_steps", "2", "--checkpoints_total_limit", "2"]
+    train(base, tmp_path, "--max_train_steps", "6", *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = ["--checkpointing_steps", "5", "--checkpoints_total_limit", "1"]
+    train(base, tmp_path, "--max_train_steps", "5", *flags, "--resume_from_checkpoint", "checkpoint-4")
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-5"]
+    assert (tmp_path / "abandoned-checkpoint-6" / STATE_NAME).is_file()
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-5"
+
+
+@pytest.mark.parametrize(("name", "message"), [("wandb", "pip install wandb"), ("nonsense", "must be all or one of")])
+def test_trackers_that_are_not_there_are_found_before_training(name, message, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "get_available_trackers", lambda: [])
+    with pytest.raises(SerialLoraError, match=message):
+        train(base, tmp_path / "out", "--max_train_steps", "1", "--report_to", name)
+    assert not (tmp_path / "out").exists()

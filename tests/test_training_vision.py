@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,8 +18,8 @@ from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.preprocessing import Preprocessing
 from slora_diffusers.training.data import Item
 from slora_diffusers.training.few_shot import k_shot
-from slora_diffusers.training.labelled import Fetch, hold_out, image_folder, random_box
-from slora_diffusers.training.masks import class_names, mask_folder, read_label_map, read_mask
+from slora_diffusers.training.labelled import Fetch, hold_out, hub_dataset, image_folder, random_box
+from slora_diffusers.training.masks import class_names, mask_dataset, mask_folder, mask_of, read_label_map, read_mask
 from slora_diffusers.training.randomness import generator
 from slora_diffusers.training.scores import (
     Overlap,
@@ -193,3 +194,96 @@ def test_bad_label_maps_are_refused(text: str, tmp_path):
 def test_label_map_keeps_the_order_of_classes(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps(LABELS))
     assert class_names(read_label_map(tmp_path / "labels.json")) == ["background", "cat", "dog"]
+
+
+def test_values_beside_colours_are_greys_and_a_palette_gives_its_colours(tmp_path):
+    mask = Image.fromarray(np.array([[0, 1, 2, 3]], np.uint8), "P")
+    mask.putpalette([0, 0, 0, 255, 0, 0, 224, 224, 192, 255, 255, 255])  # as Pascal VOC's: borders are cream
+    label_map = {"background": 0, "cat": [255, 0, 0], "ignore": 255}
+    with pytest.raises(SerialLoraError, match="#e0e0c0"):
+        mask_of(mask, label_map, "mask")
+    border = {"background": 0, "cat": [255, 0, 0], "white": 255, "ignore": [224, 224, 192]}
+    assert mask_of(mask, border, "mask").tolist() == [[0, 1, 255, 2]]
+    assert mask_of(Image.new("L", (1, 1), 255), label_map, "mask").tolist() == [[255]]
+    blue = Image.new("RGB", (1, 1), (0, 0, 255))
+    with pytest.raises(SerialLoraError, match="#0000ff"):
+        mask_of(blue, label_map, "mask")
+
+
+def test_greys_in_any_mode_are_values_and_colours_without_a_map_of_them_are_refused():
+    for mode in ("L", "LA", "RGB", "RGBA"):
+        grey = Image.new("L", (2, 1), 7).convert(mode)
+        assert mask_of(grey, LABELS, "mask").tolist() == [[1, 1]]
+    with pytest.raises(SerialLoraError, match="in colour"):
+        mask_of(Image.new("RGB", (1, 1), (7, 0, 0)), LABELS, "mask")
+
+
+def test_label_maps_of_too_many_classes_and_images_of_one_name_are_refused(tmp_path):
+    (tmp_path / "labels.json").write_text(json.dumps({f"c{i}": i for i in range(256)}))
+    with pytest.raises(SerialLoraError, match="from 2 to 255"):
+        read_label_map(tmp_path / "labels.json")
+    for part, names in {"images": ("a.png", "a.bmp"), "masks": ("a.png",)}.items():
+        (tmp_path / part).mkdir()
+        for name in names:
+            Image.new("L", (2, 2)).save(tmp_path / part / name)
+    with pytest.raises(SerialLoraError, match="several files called a"):
+        mask_folder(tmp_path, LABELS)
+
+
+def test_a_batch_without_a_pixel_that_counts_has_no_loss_and_no_gradient():
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    weights = torch.tensor([0.0, 1.0, 2.0])
+    for labels, w in ((torch.full((1, 2, 2), 255), None), (torch.zeros(1, 2, 2, dtype=torch.long), weights)):
+        loss = segmentation_loss(logits, labels, w, dice=1.0 if w is None else 0.0)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.item() == 0 and gradient.abs().max() == 0
+
+
+def rows(tmp_path, labels, feature):
+    image = Image.new("RGB", (4, 4))
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    made = datasets.Dataset.from_dict({"image": [image] * len(labels), "label": labels}, features=features)
+    made.save_to_disk(tmp_path / "rows")
+    return str(tmp_path / "rows"), "train", "image", "label"
+
+
+def test_classes_of_another_split_are_matched_by_name(tmp_path):
+    source = rows(tmp_path, ["a", "b", "b"], datasets.ClassLabel(names=["b", "a"]))
+    items, names = hub_dataset(*source, ["a", "b"])
+    assert names == ["a", "b"] and [item.label for item in items] == [0, 1, 1]
+
+
+def test_classes_that_are_whole_numbers_are_in_their_order(tmp_path):
+    items, names = hub_dataset(*rows(tmp_path, [10, 2, 10], datasets.Value("int64")))
+    assert names == ["2", "10"] and [item.label for item in items] == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        (["a", "q"], datasets.Value("string"), "row 1 of the data set has the class 'q'"),
+        (["a", None], datasets.Value("string"), "row 1 of the data set has the class None"),
+        ([0, -1], datasets.ClassLabel(names=["a", "b"]), "row 1 of the data set has the class -1"),
+    ],
+)
+def test_rows_without_a_known_class_are_refused(labels, feature, message, tmp_path):
+    with pytest.raises(SerialLoraError, match=message):
+        hub_dataset(*rows(tmp_path, labels, feature), ["a", "b"])
+
+
+def test_masks_of_a_data_set_equal_those_of_a_folder(tmp_path):
+    r, images, masks = np.random.default_rng(0), [], []
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for index in range(3):
+        images.append(Image.fromarray(r.integers(0, 255, (6, 4 + index, 3), np.uint8)))
+        masks.append(Image.fromarray(r.choice(np.array([0, 7, 9, 255], np.uint8), (6, 4 + index))))
+        images[-1].save(tmp_path / "images" / f"{index}.png")
+        masks[-1].save(tmp_path / "masks" / f"{index}.png")
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    datasets.Dataset.from_dict({"image": images, "mask": masks}, features=features).save_to_disk(tmp_path / "rows")
+    ours, readers = mask_dataset(str(tmp_path / "rows"), "train", "image", "mask", LABELS)
+    theirs, others = mask_folder(tmp_path, LABELS)
+    for item, other in zip(ours, theirs, strict=True):
+        assert item.size == other.size and item.read().tobytes() == other.read().tobytes()
+        assert np.array_equal(readers[item.name](), others[other.name]())

@@ -69,3 +69,8 @@ def segment(vit_base, scenes, out, *flags):
     argv = ["--pretrained_model_name_or_path", str(vit_base), "--train_data_dir", str(scenes), "--output_dir", str(out)]
     data = ["--validation_data_dir", str(scenes), "--label_map", str(scenes / "labels.json")]
     return train_vit_segmentation.main([*argv, *data, *QUIET, *flags])
+
+
+def losses(out) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]

@@ -60,6 +60,21 @@ def write_checkpoint(
     return target
 
 
+def set_aside_after(output_dir: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of steps after `step` to `abandoned-checkpoint-<step>`: a run goes on from before them.
+
+    Else they would be taken for newer than what it writes next. Gives their new paths.
+    """
+    moved = []
+    for path in checkpoints(output_dir):
+        if _step(path) > step:
+            target = path.with_name(f"abandoned-{path.name}")
+            if target.exists():
+                shutil.rmtree(target)
+            moved.append(path.rename(target))
+    return moved
+
+
 def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     """The checkpoint that --resume_from_checkpoint names: the last one for "latest" (None if there is none yet).
 

@@ -1,4 +1,4 @@
-"""What the recipes that classify share: where labelled images come from, the loss, the scores and the confusion matrix."""
+"""What the recipes that classify share: where labelled images come from, the loss, the scores, the confusion matrix."""
 
 from __future__ import annotations
 

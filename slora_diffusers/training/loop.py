@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import signal
 import sys
@@ -37,7 +38,7 @@ class Step:
         grad_norm: Norm of the gradient before clipping.
         seconds: Wall time of the step.
         memory: Peak bytes so far: of the accelerator, else of this process.
-        interrupted: Whether the run was asked to end (SIGINT, SIGTERM) on any process.
+        interrupted: Whether the run was asked to end (SIGINT, SIGTERM, the launcher's end) on any process.
     """
 
     number: int
@@ -50,9 +51,16 @@ class Step:
 
 
 class Interrupt:
-    """Whether someone asked the run to end."""
+    """Whether someone asked the run to end: by a signal, or by ending `accelerate launch`, which passes none on."""
 
-    requested = False
+    def __init__(self) -> None:
+        self.signalled = False
+        # Set by `accelerate launch`. Another parent may well end before the run does, as a shell with nohup.
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+    @property
+    def requested(self) -> bool:
+        return self.signalled or (self._launcher is not None and os.getppid() != self._launcher)
 
 
 @contextmanager
@@ -62,7 +70,7 @@ def interruptible() -> Iterator[Interrupt]:
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
-        interrupt.requested = True
+        interrupt.signalled = True
         signal.signal(number, before[number])
 
     for number in before:

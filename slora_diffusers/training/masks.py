@@ -120,7 +120,7 @@ def mask_of(image: Image.Image, label_map: LabelMap, name: str) -> Mask:
     lookup = {key: IGNORE_INDEX if name == "ignore" else classes.index(name) for name, key in _keys(label_map).items()}
     found, inverse = np.unique(values, return_inverse=True)
     if unknown := [int(value) for value in found if int(value) not in lookup]:
-        shown = [f"#{value:06x}" if values.max() > 255 else str(value) for value in unknown[:5]]
+        shown = [f"#{value:06x}" if _has_colours(label_map) else str(value) for value in unknown[:5]]
         raise SerialLoraError(f"{name} holds the values {', '.join(shown)}, which the label map does not name.")
     return np.array([lookup[int(value)] for value in found], np.uint8)[inverse].reshape(values.shape)
 

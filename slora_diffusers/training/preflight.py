@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from ..errors import SerialLoraError
 from ..inject import add_serial_lora
@@ -34,6 +35,7 @@ def check_options(options: argparse.Namespace) -> None:
         number = getattr(options, name)
         if number is not None and number < 0:
             raise SerialLoraError(f"--{name} must be at least 0; got {number}.")
+    check_tracker(options.report_to)
     if options.cache_latents and not options.center_crop:
         raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --no-center_crop.")
     if options.adapter == "full" and options.quantize:
@@ -42,6 +44,20 @@ def check_options(options: argparse.Namespace) -> None:
         raise SerialLoraError(f"--push_to_hub uploads Serial LoRA adapters; --adapter is {options.adapter}.")
     if options.quantize and not has_gpu():
         raise SerialLoraError(f"--quantize {options.quantize} needs a GPU: diffusers quantizes nowhere else.")
+
+
+def check_tracker(name: str | None) -> None:
+    """See that a tracker exists and its package is installed; accelerate would go on without it.
+
+    Raises:
+        SerialLoraError: If not.
+    """
+    known, there = [str(kind) for kind in LOGGER_TYPE_TO_CLASS], [str(kind) for kind in get_available_trackers()]
+    if name is None or name == "all" or name in there:
+        return
+    if name not in known:
+        raise SerialLoraError(f"--report_to must be all or one of {', '.join(known)}; got {name!r}.")
+    raise SerialLoraError(f"--report_to {name} needs the package {name}: pip install {name}.")
 
 
 def has_gpu() -> bool:

@@ -315,6 +315,9 @@ class Run:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.start = state["step"]
+        if self.accelerator.is_main_process:
+            for abandoned in checkpoint.set_aside_after(self.output_dir, self.start):
+                logger.warning("a later checkpoint is set aside: %s", abandoned)
         logger.info("resumed from %s at step %d", path, self.start)
 
 
