@@ -15,7 +15,6 @@ from torch.testing import assert_close
 
 from tests.tiny_pipelines import tiny_dit_pipeline
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "serial_lora_weights.safetensors"
 SCRIPT = [str(ROOT / "train_scripts" / "train_dit.py")]

@@ -10,6 +10,7 @@ and preprocessing, for pipelines/classify_images.py. In the manner of CLIP-LoRA 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from accelerate.utils import set_seed
 
@@ -38,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     items, unseen, names = find_items(options)
     run = Run(options)
     set_seed(options.seed)  # of the adapter's initial weights: the same on every process
-    model = SerialLoraForPromptClassification.from_clip(
-        options.pretrained_model_name_or_path, names, None, template=options.template, padding=options.padding,
-        dtype=run.weight_dtype, **hub_arguments(options),
-    )  # fmt: skip
+    loading: dict[str, Any] = {"dtype": run.weight_dtype, **hub_arguments(options)}
+    prompts = {"template": options.template, "padding": options.padding}
+    path = options.pretrained_model_name_or_path
+    model = SerialLoraForPromptClassification.from_clip(path, names, None, **prompts, **loading)
     if options.towers != "both":
         options.targets = [TOWERS[options.towers]]
     return train_classifier(run, model, items, unseen)

@@ -87,7 +87,7 @@ def mask_dataset(
 
     images = [partial(read_row, opened, row, image_column) for row in range(len(opened))]
     sizes = [image().size for image in images]
-    items = [Item(f"row {i}", image, sizes[i][::-1]) for i, image in enumerate(images)]
+    items = [Item(f"row {i}", images[i], (height, width)) for i, (width, height) in enumerate(sizes)]
     readers = {item.name: partial(read, row) for row, item in enumerate(items)}
     return _checked(items, readers), readers
 
