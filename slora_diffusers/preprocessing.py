@@ -93,7 +93,8 @@ def upright_rgb(image: Any) -> Any:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        top = 255 if values.max(initial=0) <= 255 else 65535
+        largest = values.max(initial=0)
+        top = 1 if image.mode == "F" and largest <= 1 else 255 if largest <= 255 else 65535
         image = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -6,6 +6,8 @@ of the `datasets` library all become a list of `Item`, in the order of their nam
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +72,8 @@ def read_image(path: Path) -> Image.Image:
 def find_images(folder: str | Path, captions: Mapping[str, str] | None = None, prompt: str | None = None) -> Found:
     """The images of one folder. A caption comes from metadata.jsonl, else from a .txt beside the image, else `prompt`.
 
+    A metadata.csv with the same columns serves as well; either may name images in folders inside this one.
+
     Args:
         folder: Where the images are.
         captions: File name to caption, instead of the folder's metadata.jsonl.
@@ -81,9 +85,12 @@ def find_images(folder: str | Path, captions: Mapping[str, str] | None = None, p
     """
     folder = _folder(folder)
     captions = _metadata(folder) if captions is None else captions
-    items, skipped = _read_all(_files(folder), captions)
+    inside = [folder / name for name in captions or () if "/" in name]
+    items, skipped = _read_all(folder, [*_files(folder), *sorted(inside)], captions)
     skipped += [
-        (path.name, "a folder, and only the top one is read") for path in sorted(folder.iterdir()) if path.is_dir()
+        (path.name, "a folder, and no metadata names an image in it")
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not any(path in image.parents for image in inside)
     ]
     if not items:
         raise SerialLoraError(
@@ -92,7 +99,7 @@ def find_images(folder: str | Path, captions: Mapping[str, str] | None = None, p
         )
     captioned = []
     for item in items:
-        text = folder / f"{Path(item.name).stem}.txt"
+        text = (folder / item.name).with_suffix(".txt")
         caption = captions[item.name] if captions is not None else prompt
         if captions is None and text.exists():
             caption = text.read_text(encoding="utf-8").strip()
@@ -127,7 +134,7 @@ def find_classes(folder: str | Path, ids: Callable[[str], int | None]) -> Found:
     items: list[Item] = []
     skipped = [(path.name, "not in a class folder") for path in _files(folder)]
     for path in classes:
-        found, left_out = _read_all(_files(path), None)
+        found, left_out = _read_all(path, _files(path), None)
         label = ids(path.name)
         assert label is not None
         items += [Item(f"{path.name}/{item.name}", item.read, item.size, "", label) for item in found]
@@ -227,28 +234,31 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
-def _read_all(files: list[Path], captions: Mapping[str, str] | None) -> tuple[list[Item], list[tuple[str, str]]]:
+def _read_all(
+    folder: Path, files: list[Path], captions: Mapping[str, str] | None
+) -> tuple[list[Item], list[tuple[str, str]]]:
     items, skipped = [], []
     for path in files:
+        name = path.relative_to(folder).as_posix()
         if path.suffix.lower() not in SUFFIXES:
             if not _belongs(path):
-                skipped.append((path.name, "not an image file"))
+                skipped.append((name, "not an image file"))
             continue
-        if captions is not None and path.name not in captions:
-            skipped.append((path.name, "not named in metadata.jsonl"))
+        if captions is not None and name not in captions:
+            skipped.append((name, "not named in the metadata"))
             continue
         try:
             size = read_image(path).size if len(files) <= _DECODE_AT_MOST else _header_size(path)
         except SerialLoraError as error:
-            skipped.append((path.name, str(error.__cause__ or error)))
+            skipped.append((name, str(error.__cause__ or error)))
             continue
-        items.append(Item(path.name, partial(read_image, path), (size[1], size[0])))
+        items.append(Item(name, partial(read_image, path), (size[1], size[0])))
     return items, skipped
 
 
 def _belongs(path: Path) -> bool:
     """Whether a file that is no image is still part of the data: a caption of an image, or the table of captions."""
-    if path.name == "metadata.jsonl":
+    if path.name in ("metadata.jsonl", "metadata.csv"):
         return True
     return path.suffix == ".txt" and any(path.with_suffix(s).exists() for s in SUFFIXES | {s.upper() for s in SUFFIXES})
 
@@ -262,21 +272,23 @@ def _header_size(path: Path) -> tuple[int, int]:
 
 
 def _metadata(folder: Path) -> dict[str, str] | None:
-    path = folder / "metadata.jsonl"
-    if not path.exists():
+    path = next((p for p in (folder / "metadata.jsonl", folder / "metadata.csv") if p.exists()), None)
+    if path is None:
         return None
-    captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
+    text, captions = path.read_text(encoding="utf-8"), {}
+    is_csv = path.suffix == ".csv"
+    lines = list(csv.DictReader(io.StringIO(text))) if is_csv else text.splitlines()
+    for number, line in enumerate(lines, start=2 if is_csv else 1):
+        if isinstance(line, str) and not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line) if isinstance(line, str) else line
             caption = next(row[key] for key in CAPTION_KEYS if key in row)
             captions[row["file_name"]] = caption
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise SerialLoraError(
-                f"line {number} of {path} must be a JSON object with file_name and one of "
-                f"{', '.join(CAPTION_KEYS)}; got {line[:80]!r}."
+                f"line {number} of {path} must have a file_name and one of {', '.join(CAPTION_KEYS)}; got "
+                f"{str(line)[:80]!r}."
             ) from error
     missing = sorted(name for name in captions if not (folder / name).is_file())
     if missing:

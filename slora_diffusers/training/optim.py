@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,13 +22,16 @@ class OptimizerChoice:
     name: str
     package: str = "torch"
     takes_betas: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 OPTIMIZERS = {
     "adamw": OptimizerChoice("torch.optim", "AdamW"),
     "adamw8bit": OptimizerChoice("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
     "schedulefree": OptimizerChoice("schedulefree", "AdamWScheduleFree", "schedulefree"),
-    "prodigy": OptimizerChoice("prodigyopt", "Prodigy", "prodigyopt"),
+    "prodigy": OptimizerChoice(
+        "prodigyopt", "Prodigy", "prodigyopt", settings={"use_bias_correction": True, "safeguard_warmup": True}
+    ),  # as diffusers' script sets it
     "sgd": OptimizerChoice("torch.optim", "SGD", takes_betas=False),
 }
 
@@ -78,7 +81,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer called `name` over parameter groups that hold their own learning rates."""
     chosen: Any = optimizer_class(name)
-    settings = {"betas": betas, "eps": eps} if OPTIMIZERS[name].takes_betas else {}
+    choice = OPTIMIZERS[name]
+    settings = {**choice.settings, **({"betas": betas, "eps": eps} if choice.takes_betas else {})}
     optimizer = chosen(groups, lr=groups[0]["lr"], weight_decay=weight_decay, **settings)
     if hasattr(optimizer, "train"):  # schedule-free optimizers begin in the mode that evaluates
         optimizer.train()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from diffusers.optimization import SchedulerType
 
 from ..config import SerialLoraConfig
 from ..errors import SerialLoraError
@@ -22,6 +23,7 @@ from .precision import QUANTIZATIONS
 
 Group = Sequence[tuple[str, dict[str, Any]]]
 SCHEMES = (*DENSITIES, *WEIGHTINGS)
+SCHEDULES = tuple(kind.value for kind in SchedulerType)
 KINDS = ("serial", "lora", "full")  # of adapters, for a model without a head of its own
 
 
@@ -40,7 +42,10 @@ MODEL: Group = (
     ("revision", value(str, None, "Revision on the Hub.")),
     ("variant", value(str, None, "Variant of the weight files, e.g. fp16.")),
     ("cache_dir", value(str, None, "Folder that files of the Hub are downloaded to.")),
-    ("mixed_precision", value(str, "no", "Precision of the forward pass.", choices=("no", "fp16", "bf16"))),
+    (
+        "mixed_precision",
+        value(str, None, "Precision of the forward pass; accelerate's by default.", choices=("no", "fp16", "bf16")),
+    ),
     ("quantize", value(str, None, "Load the base weights quantized.", choices=QUANTIZATIONS)),
     ("gradient_checkpointing", switch("Recompute activations in the backward pass to save memory.")),
     ("allow_tf32", switch("Let matrix products round to TF32 on GPUs.")),
@@ -77,7 +82,7 @@ OPTIMIZER: Group = (
     ("learning_rate", value(float, 1e-4, "Learning rate.")),
     ("scale_lr", switch("Multiply the learning rate by the samples of a step, over all processes.")),
     ("lora_plus_ratio", value(float, 1.0, "LoRA+: learning rate of B over that of A.")),
-    ("lr_scheduler", value(str, "constant", "Schedule of the learning rate, as diffusers names them.")),
+    ("lr_scheduler", value(str, "constant", "Schedule of the learning rate, as in diffusers.", choices=SCHEDULES)),
     ("lr_warmup_steps", value(int, 0, "Steps of warm-up.")),
     ("lr_num_cycles", value(int, 1, "Restarts of cosine_with_restarts.")),
     ("lr_power", value(float, 1.0, "Power of the polynomial schedule.")),
@@ -117,6 +122,17 @@ RUN: Group = (
     ("hub_token", value(str, None, "Token for the Hub.")),
 )
 COMMON = (*MODEL, *ADAPTER, *DATA, *OPTIMIZER, *OBJECTIVE, *RUN)  # what every recipe of a diffusion transformer has
+# What to use for flags of diffusers' DreamBooth script that have no namesake.
+ELSEWHERE = {
+    "--lora_layers": "--targets and --exclude choose attentions, --inputs what gets a pair there",
+    "--lora_blocks": "--layers 12 13 chooses blocks",
+    "--validation_epochs": "--validation_steps counts steps",
+    "--repeats": "give more --num_train_epochs, or --max_train_steps",
+    "--upcast_before_saving": "adapters stay fp32, and are saved so",
+    "--prior_generation_precision": "class images are drawn in the precision of the run",
+    "--adam_weight_decay_text_encoder": "--adam_weight_decay holds for all",
+    "--local_rank": "accelerate launch tells each process its rank",
+}
 _NOT_SAVED = frozenset({"config", "hub_token"})
 
 
@@ -144,8 +160,17 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     path = finder.parse_known_args(argv)[0].config
     if path is not None:
         parser.set_defaults(**_read_config(parser, Path(path)))
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    for flag in (argument.partition("=")[0] for argument in unknown):
+        if flag in ELSEWHERE:
+            raise SerialLoraError(f"{flag} of diffusers' script is not here: {ELSEWHERE[flag]}.")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if getattr(options, "use_8bit_adam", False):
+        if options.optimizer not in ("adamw", "adamw8bit"):
+            raise SerialLoraError(
+                f"--use_8bit_adam is an optimizer, and so is --optimizer {options.optimizer}: give one."
+            )
         options.optimizer = "adamw8bit"
     return options
 
@@ -193,9 +218,11 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
             near = difflib.get_close_matches(key, actions, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(actions))}."
             raise SerialLoraError(f"--config {path}: unknown option {key!r}; {hint}")
-    for key in values:
-        actions[key].required = False
-    return {actions[key].dest: _checked(actions[key], value, path) for key, value in values.items()}
+    for key, value in values.items():
+        actions[key].required &= value is None
+    # Null stands for the option's default.
+    given = {key: value for key, value in values.items() if value is not None}
+    return {actions[key].dest: _checked(actions[key], value, path) for key, value in given.items()}
 
 
 class _Loader(yaml.SafeLoader):
@@ -211,8 +238,6 @@ _Loader.add_implicit_resolver(
 
 def _checked(action: argparse.Action, value: Any, path: Path) -> Any:
     """A file's value as the flag would give it."""
-    if value is None:
-        return None
     if isinstance(action, argparse.BooleanOptionalAction):
         if isinstance(value, bool):
             return value

@@ -36,6 +36,8 @@ def check_options(options: argparse.Namespace) -> None:
         if number is not None and number < 0:
             raise SerialLoraError(f"--{name} must be at least 0; got {number}.")
     check_tracker(options.report_to)
+    if options.optimizer == "prodigy" and options.lora_plus_ratio != 1:
+        raise SerialLoraError("--optimizer prodigy finds one rate for all: leave out --lora_plus_ratio.")
     if options.cache_latents and not options.center_crop:
         raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --no-center_crop.")
     if options.adapter == "full" and options.quantize:
@@ -83,6 +85,8 @@ def check_sites(model_class: Any, options: argparse.Namespace) -> None:
         raise SerialLoraError(
             f"--pretrained_model_name_or_path {path} has no transformer of a pipeline: {error}"
         ) from error
+    if (given := config.get("_class_name", model_class.__name__)) != model_class.__name__:
+        raise SerialLoraError(f"{path} has a {given}; this recipe trains a {model_class.__name__}.")
     if options.adapter == "serial":
         with torch.device("meta"):
             add_serial_lora(model_class.from_config(config), adapter_config(options))

@@ -43,6 +43,8 @@ _FREE_OPTIONS = frozenset({
     *("validation_loss_images", "num_validation_images", "validation_inference_steps", "validation_guidance_scale"),
     *("validation_prompt", "validation_labels", "validation_data_dir", "gradient_checkpointing"),
 })  # fmt: skip
+# Options that the optimizer's state depends on.
+_STATE_OPTIONS = ("adapter", "optimizer", "lora_plus_ratio", "train_text_encoder")
 
 
 class Run:
@@ -66,6 +68,11 @@ class Run:
             log_with=options.report_to,
             project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / options.logging_dir)),
         )
+        # What accelerate was launched or configured with counts, unless the options say otherwise.
+        options.mixed_precision = self.accelerator.mixed_precision
+        options.gradient_accumulation_steps = self.accelerator.gradient_accumulation_steps
+        if options.mixed_precision not in DTYPES:
+            raise SerialLoraError(f"mixed precision {options.mixed_precision} is not supported: use bf16.")
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.device = self.accelerator.device
         torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
@@ -122,10 +129,14 @@ class Run:
         if options.report_to:
             self.accelerator.init_trackers("slora", {k: str(v) for k, v in vars(options).items() if k != "hub_token"})
         self.models = dict(models)
-        rate = options.learning_rate
-        if options.scale_lr:
-            rate *= self.rows * options.gradient_accumulation_steps
-        rates, groups = {**dict.fromkeys(models, rate), **(learning_rates or {})}, []
+        scale = self.rows * options.gradient_accumulation_steps if options.scale_lr else 1
+        rate: float = options.learning_rate * scale
+        rates: dict[str, float] = {**dict.fromkeys(models, rate), **(learning_rates or {})}
+        groups: list[dict[str, Any]] = []
+        if options.optimizer == "prodigy":
+            rates = dict.fromkeys(models, rate)  # it refuses several
+            if rate < 0.1:
+                logger.warning("prodigy finds its own rate and scales it by --learning_rate %g: 1 is usual", rate)
         for name, model in models.items():
             check_trainables_fp32(trainable([model]))
             parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
@@ -151,6 +162,8 @@ class Run:
         self._prepared = prepared
         if options.resume_from_checkpoint:
             self._resume(checkpoint.find_checkpoint(self.output_dir, options.resume_from_checkpoint))
+        if self.accelerator.is_main_process:
+            self._set_aside()
         return prepared
 
     def steps(
@@ -295,6 +308,12 @@ class Run:
             logger.warning("no checkpoint in %s yet: starting at step 0", self.output_dir)
             return
         state = checkpoint.read_checkpoint(path)
+        for name in _STATE_OPTIONS:
+            if state["options"].get(name) != (now := _plain(getattr(self.options, name, None))):
+                raise SerialLoraError(
+                    f"{path} was written with --{name} {state['options'].get(name)}, and now it is {now}: its state of "
+                    "the optimizer does not fit. Resume with the option that wrote it."
+                )
         changed = {
             name: (value, _plain(getattr(self.options, name, None)))
             for name, value in {**state["options"], "processes": state["processes"]}.items()
@@ -315,10 +334,16 @@ class Run:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.start = state["step"]
-        if self.accelerator.is_main_process:
-            for abandoned in checkpoint.set_aside_after(self.output_dir, self.start):
-                logger.warning("a later checkpoint is set aside: %s", abandoned)
         logger.info("resumed from %s at step %d", path, self.start)
+
+    def _set_aside(self) -> None:
+        """Leave checkpoints and measurements of later steps behind: this run writes its own."""
+        for abandoned in checkpoint.set_aside_after(self.output_dir, self.start):
+            logger.warning("a later checkpoint, of another run, is set aside: %s", abandoned)
+        path = self.output_dir / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if self.start and json.loads(line)["step"] <= self.start))
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +78,17 @@ def find_class_images(run: Run, draw: Callable[[int, list[torch.Generator]], Seq
     folder = Path(options.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     there = len(find_images(folder, prompt="").items) if any(folder.iterdir()) else 0
+    free = (number for number in count() if not (folder / f"class-{number:05d}.png").exists())
+    missing = list(islice(free, max(0, options.num_class_images - there)))
     run.accelerator.wait_for_everyone()  # every process has counted before any of them adds to the folder
-    (numbers,) = run.share(range(there, options.num_class_images))
+    (numbers,) = run.share(missing)
     for start in range(0, len(numbers), options.sample_batch_size):
         chosen = numbers[start : start + options.sample_batch_size]
         draws = [generator(options.seed, "class image", number) for number in chosen]
         for number, image in zip(chosen, draw(len(chosen), draws), strict=True):
-            image.save(folder / f"class-{number:05d}.png")
+            half = folder / f".class-{number:05d}.tmp"
+            image.save(half, "png")
+            os.replace(half, folder / f"class-{number:05d}.png")
     run.accelerator.wait_for_everyone()
     return find_images(folder, captions=_Always(options.class_prompt)).items[: options.num_class_images]
 
