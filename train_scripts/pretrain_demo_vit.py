@@ -1,10 +1,10 @@
-"""Makes the base of the demo's vision part: a tiny ViT that tells the 26 capitals apart over photographs.
+"""Makes the base of the demo's vision part: a tiny ViT that tells the 26 capitals apart on plain grounds.
 
     python train_scripts/pretrain_demo_vit.py --output slora_diffusers/demo/vit_base
 
-The result is a stock `ViTModel` folder in fp16, without a head. It is trained to classify letters alone, in the faces
-that the demo's DiT was pretrained on: it never saw a script, calligraphic or black-letter face, nor a mask. Everything
-follows from `--seed`.
+The result is a stock `ViTModel` folder in fp16, without a head. It is trained to classify letters of any colour on any
+plain colour, in the faces that the demo's DiT was pretrained on: it never saw a photograph, a mask, nor a script,
+calligraphic or black-letter face. Everything follows from `--seed`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel, get_cosine_schedule_with_warmup
 
 from slora_diffusers.demo.glyphs import CORE_FACES, IMAGE_SIZE, LETTERS, glyph_images
-from slora_diffusers.demo.scenes import backgrounds, compose, scenes
+from slora_diffusers.demo.scenes import compose, scenes
 from slora_diffusers.preprocessing import Preprocessing
 
 PREPARE = Preprocessing((IMAGE_SIZE, IMAGE_SIZE))
@@ -45,7 +45,7 @@ class Classifier(nn.Module):
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, seed: int) -> float:
-    """On the same faces over the half of the photograph that training does not see, in percent."""
+    """On the same faces over a photograph, in percent."""
     held_out = scenes(CORE_FACES, 2, seed + 1, held_out=True)
     predicted = torch.cat([model(images).argmax(1) for images in held_out.images.split(208)])
     return 100 * (predicted == held_out.labels).float().mean().item()
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("slora_diffusers/demo/vit_base"))
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--variations", type=int, default=24, help="jittered copies of each glyph")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -68,7 +68,7 @@ def main() -> None:
 
     glyphs, labels = glyph_images(CORE_FACES, variations=args.variations, seed=args.seed)
     draw = torch.Generator().manual_seed(args.seed)
-    behind = backgrounds(8192, draw, held_out=False)
+    behind = torch.rand(8192, 3, 1, 1, generator=draw).expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
     model = Classifier(args.width, args.blocks)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
@@ -84,7 +84,7 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 100 == 0:
             print(f"step {step}/{args.steps} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
-    print(f"held out: {accuracy(model.eval(), args.seed):.1f} %")
+    print(f"over a photograph: {accuracy(model.eval(), args.seed):.1f} %")
     model.vit.half().save_pretrained(args.output)
 
 
