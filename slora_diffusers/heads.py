@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import SerialLoraConfig
-from .errors import AdapterFileError, ArchitectureError, SerialLoraError
+from .errors import AdapterFileError, AdapterStateError, ArchitectureError, SerialLoraError
 from .files import WEIGHT_NAME, AdapterTensors, check_finite, check_hub_arguments, read_adapter
+from .fingerprint import same_base
 from .fuse import fuse_serial_lora
 from .inject import add_serial_lora, unload_serial_lora
 from .io import Source, describe_base, load_serial_lora, new_header, serial_lora_state_dict, write_state
@@ -23,6 +25,7 @@ class SerialLoraWithHead(nn.Module):
     """A backbone, a head over its features, and what goes into their file."""
 
     task: ClassVar[str]
+    adapted_part: ClassVar[str] = "backbone"  # what add_serial_lora, serial_lora_scale, ... work on
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class SerialLoraWithHead(nn.Module):
         self.settings = dict(settings)
         self.label_names = tuple(label_names)
         self.preprocessing = preprocessing
+        self._fused = False
         self.needs: str | None = None  # a file beside this model's own, with an adapter of another kind
 
     @property
@@ -49,6 +53,10 @@ class SerialLoraWithHead(nn.Module):
         """Recompute the backbone's activations in the backward pass, to save memory."""
         checkpoint_gradients(self.backbone)
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """The same, by the name that transformers' Trainer calls."""
+        self.enable_gradient_checkpointing()
+
     def fuse(self) -> nn.Module:
         """Merge the adapter into the backbone for good, `W' = W (I + sBA)`; the model is plain PyTorch from here on.
 
@@ -58,6 +66,7 @@ class SerialLoraWithHead(nn.Module):
         if getattr(self.backbone, "_serial_lora", None) is not None:
             fuse_serial_lora(self.backbone)
             unload_serial_lora(self.backbone)
+            self._fused = True
         return self
 
     def save_pretrained(
@@ -72,7 +81,13 @@ class SerialLoraWithHead(nn.Module):
 
         Raises:
             AdapterFileError: If a weight is not finite; an earlier file of that name is left as it was.
+            AdapterStateError: If the adapter was fused: a file of the head alone would lack it.
         """
+        if self._fused:
+            raise AdapterStateError(
+                "The adapter is fused into the backbone, which this file does not hold: save before fuse(), or save "
+                "model.state_dict(), or model.backbone with its own save_pretrained."
+            )
         if getattr(self.backbone, "_serial_lora", None) is not None:
             adapter = serial_lora_state_dict(self.backbone, adapter_name, "model")
         else:
@@ -151,6 +166,8 @@ class SerialLoraWithHead(nn.Module):
                 f"{source} holds {'a head for ' + saved['task'] if saved else 'no head'}, and {cls.__name__} needs one "
                 f"for {cls.task}. An adapter alone goes into a backbone with load_serial_lora()."
             )
+        if missing := {"base", "settings", "label_names", "preprocessing"} - set(saved):
+            raise AdapterFileError(f"{source} is damaged: its header lacks {', '.join(sorted(missing))} of the head.")
         base = saved["base"]
         if saved.get("needs") and not isinstance(backbone, nn.Module):
             raise AdapterFileError(
@@ -162,13 +179,19 @@ class SerialLoraWithHead(nn.Module):
         if backbone is None:
             raise AdapterFileError(f"{source} does not say where its {base['class']} came from: pass backbone=.")
         opened = cls._open(backbone, model_class=base["class"], **arguments)
+        if getattr(opened, "_serial_lora", None) is not None:
+            raise AdapterStateError(
+                "The backbone has a Serial LoRA adapter already: pass the base, as it was trained on."
+            )
         preprocessing = Preprocessing.from_dict(saved["preprocessing"])
         head = cls._make_head(opened, len(saved["label_names"]), saved["settings"], preprocessing)
-        _load_head(head, tensors)
+        state = _head_state(head, tensors)
         if tensors.component_names():
             load_serial_lora(opened, tensors)
         else:
             opened.requires_grad_(False)
+            _compare_base(opened, base)
+        head.load_state_dict(state)  # last: a decoder is part of the base, and nothing changes if the file does not fit
         return cls(opened, head, saved["settings"], saved["label_names"], preprocessing).eval()
 
 
@@ -191,8 +214,12 @@ def open_backbone(
         SerialLoraError: If there is no such model.
     """
     model = open_model(model_or_id, model_class, **loading)
-    tower = getattr(model, "vision_model", None) if hasattr(model, "text_model") else None
-    return tower if isinstance(tower, nn.Module) else model
+    tower: Any = getattr(model, "vision_model", None) if hasattr(model, "text_model") else None
+    if not isinstance(tower, nn.Module):
+        return model
+    if not getattr(tower.config, "_name_or_path", ""):  # so that a file can name where it came from
+        tower.config._name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return tower
 
 
 def open_model(
@@ -240,7 +267,19 @@ def _is_hub_argument(name: str) -> bool:
     return True
 
 
-def _load_head(head: nn.Module, tensors: AdapterTensors) -> None:
+def _compare_base(backbone: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Warn if a head comes over another base than it was trained on; an adapter's load says so itself."""
+    ours = _describe(backbone)
+    theirs, found = saved.get("fingerprint"), ours["fingerprint"]
+    if theirs and found and not same_base(theirs, found):
+        warnings.warn(
+            f"The head was trained on {saved['class']} ({saved['name'] or 'no name'}), and the weights of this "
+            f"{ours['class']} ({ours['name'] or 'no name'}) are others: the results will not be the same.",
+            stacklevel=3,
+        )
+
+
+def _head_state(head: nn.Module, tensors: AdapterTensors) -> dict[str, Tensor]:
     state = {key.removeprefix("head."): tensor for key, tensor in tensors.items() if key.startswith("head.")}
     check_finite(state)
     wanted = {key: tuple(tensor.shape) for key, tensor in head.state_dict().items()}
@@ -250,4 +289,4 @@ def _load_head(head: nn.Module, tensors: AdapterTensors) -> None:
         raise AdapterFileError(
             f"The file's head does not fit the backbone: {wrong} differ. Pass the base it was made for."
         )
-    head.load_state_dict(state)
+    return state

@@ -76,6 +76,8 @@ class SerialLoraPair(nn.Module):
         A, B, s = self._operands(x)  # (r, d), (d, r)
         h = self._down(x, A)  # (..., r)
         s = s * call.scale
+        if x.is_nested:  # nn.TransformerEncoder packs a padded batch so, and has no addmm for it
+            return x + F.linear(h, B) * s
         return torch.addmm(x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=s).view_as(x)
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:

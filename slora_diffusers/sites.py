@@ -50,9 +50,9 @@ class Slot:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and the data-parallel wrappers."""
+    """The model inside torch.compile's and the data-parallel wrappers, or below a head."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = getattr(model, "_orig_mod", None) or getattr(model, getattr(model, "adapted_part", ""), None)
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
             inner = model.module
         if not isinstance(inner, nn.Module):

@@ -147,6 +147,8 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
                 f"head must be one of {', '.join(SEGMENTATION_HEADS)}, width at least 1, and layers go with the "
                 f"convolutional head only; got head={head!r}, width={width}, layers={layers}."
             )
+        if len(label_names or ()) > IGNORE_INDEX or (num_labels or 0) > IGNORE_INDEX:
+            raise SerialLoraError(f"At most {IGNORE_INDEX} labels: {IGNORE_INDEX} marks pixels that count for nothing.")
         settings = {"head": head, "layers": None if layers is None else list(layers), "width": width}
         return cls._from_backbone(model_or_id, num_labels, config, settings, label_names, preprocessing, loading)
 
@@ -238,6 +240,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None =
         labels: (B, H, W); 255 counts for nothing.
         weights: Weight of each class, (classes,).
     """
+    labels = labels.long()
     counted = labels != IGNORE_INDEX
     total = counted.sum() if weights is None else (weights[labels.where(counted, 0)] * counted).sum()
     loss = F.cross_entropy(logits, labels, weights, ignore_index=IGNORE_INDEX, reduction="sum")

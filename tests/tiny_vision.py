@@ -86,6 +86,16 @@ def tokens(draw: Draw) -> dict[str, Any]:
     return {"input_ids": draw.ints(48, 2, 7)}
 
 
+def _patches(draw: Draw) -> dict[str, Any]:
+    """What SigLIP 2 reads: flat patches, which of them count, and how many there are each way."""
+    side = SIZE // 4
+    return {
+        "pixel_values": draw(2, side * side, 3 * 4 * 4),
+        "pixel_attention_mask": torch.ones(2, side * side, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[side, side]] * 2),
+    }
+
+
 def _both(draw: Draw) -> dict[str, Any]:
     return {**tokens(draw), **pixels(draw)}
 
@@ -187,6 +197,9 @@ VISION: dict[str, TinyVision] = {
     "SiglipTextModel": _hugging_face("SiglipTextModel", _CLIP_TEXT, tokens),
     "SiglipForImageClassification": _hugging_face(
         "SiglipForImageClassification", {"text_config": _CLIP_TEXT, "vision_config": _VIT}
+    ),
+    "Siglip2VisionModel": _hugging_face(
+        "Siglip2VisionModel", {**_VIT, "num_patches": (SIZE // 4) ** 2, "patch_size": 4}, _patches
     ),
     "SamVisionModel": _hugging_face("SamVisionModel", _SAM),
     "SamHQVisionModel": _hugging_face("SamHQVisionModel", _SAM),

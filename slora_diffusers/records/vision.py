@@ -78,7 +78,9 @@ RECORDS = (
         _SEGFORMER,
         "keys and values read a reduced sequence, so they have a pair of their own, `reduced_states`",
     ),
-    Architecture("CLIP, SigLIP (text and image)", ("CLIPEncoderLayer", "SiglipEncoderLayer"), _CLIP),
+    Architecture(
+        "CLIP, SigLIP (text and image)", ("CLIPEncoderLayer", "SiglipEncoderLayer", "Siglip2EncoderLayer"), _CLIP
+    ),
     Architecture(
         "SAM, SAM-HQ, SAM 2",
         ("SamVisionLayer", "SamHQVisionLayer", "Sam2MultiScaleBlock"),
