@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from .errors import SerialLoraError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_HALF = ((0.5,) * 3, (0.5,) * 3)
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_PRETRAINED_WITH = {"vit": _HALF, "beit": _HALF, "siglip": _HALF, "siglip2": _HALF, "clip": _CLIP}
+"""Mean and standard deviation by the model's type, where the published weights were not trained with ImageNet's."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, source: nn.Module | str | os.PathLike[str], **hub: Any) -> Preprocessing:
-        """What a backbone was pretrained with: from its folder or Hub repository, else its config, else ImageNet's.
+        """What a backbone was pretrained with: from its folder or Hub repository, else its config and type.
 
         Args:
             source: The backbone, or its folder or Hub id.
@@ -65,24 +69,34 @@ class Preprocessing:
             SerialLoraError: If an image's size cannot be known.
         """
         if not isinstance(source, nn.Module):
-            return cls._from_repository(source, **hub)
-        config: Any = getattr(source, "pretrained_cfg", None)  # timm
-        if config:
-            return cls(tuple(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
-        return cls(_size(_image_size(getattr(source, "config", None))))
+            from transformers import AutoConfig
+
+            return cls._from_repository(source, **hub) or cls._from_config(AutoConfig.from_pretrained(source, **hub))
+        config: Any = getattr(source, "config", source)  # a model of timm has its pretrained_cfg itself
+        name = getattr(config, "_name_or_path", None)  # of a model that came from a folder or the Hub
+        return (name and cls._from_repository(name, **hub)) or cls._from_config(config)
 
     @classmethod
-    def _from_repository(cls, source: str | os.PathLike[str], **hub: Any) -> Preprocessing:
-        from transformers import AutoConfig
+    def _from_repository(cls, source: str | os.PathLike[str], **hub: Any) -> Preprocessing | None:
+        """What the repository's preprocessor_config.json says, or None where there is none."""
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
             values, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
         except OSError:
-            return cls(_size(_image_size(AutoConfig.from_pretrained(source, **hub))))
-        size = values.get("crop_size") or values.get("size") or 224
+            return None
+        cropped = values.get("crop_size") if values.get("do_center_crop", True) else None
+        size = cropped or values.get("pad_size") or values.get("size") or 224
         mean, std = values.get("image_mean") or IMAGENET_MEAN, values.get("image_std") or IMAGENET_STD
         return cls(_size(size), tuple(mean), tuple(std))
+
+    @classmethod
+    def _from_config(cls, config: Any) -> Preprocessing:
+        if timms := getattr(config, "pretrained_cfg", None):
+            return cls(tuple(timms["input_size"][1:]), tuple(timms["mean"]), tuple(timms["std"]))
+        kind = getattr(config, "model_type", "").removesuffix("_vision_model")
+        mean, std = _PRETRAINED_WITH.get(kind, (IMAGENET_MEAN, IMAGENET_STD))
+        return cls(_size(_image_size(config)), mean, std)
 
 
 def upright_rgb(image: Any) -> Any:
@@ -104,13 +118,14 @@ def upright_rgb(image: Any) -> Any:
 
 def _image_size(config: Any) -> Any:
     """A config's size of images, with two towers that of the vision tower; 224 where it does not tell."""
-    config = getattr(config, "vision_config", None) or config
+    for part in ("vision_config", "backbone_config"):  # SAM 2 has both
+        config = getattr(config, part, None) or config
     return getattr(config, "image_size", None) or 224
 
 
 def _size(value: Any) -> tuple[int, int]:
     if isinstance(value, Mapping):
-        side = value.get("shortest_edge")
+        side = value.get("shortest_edge") or value.get("longest_edge")
         value = (value.get("height", side), value.get("width", side))
     height, width = value if isinstance(value, list | tuple) else (value, value)
     if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:

@@ -129,7 +129,7 @@ def open_for_training(options: argparse.Namespace, run: Run) -> tuple[nn.Module,
     own = Preprocessing.of(path, **where)
     sides = own.size if options.resolution is None else (options.resolution, options.resolution)
     for side in sides:
-        bucket_shapes(side, None, patch_size(backbone))
+        bucket_shapes(side, None, patch_size(backbone) or 1)
     return backbone, Preprocessing(sides, own.mean, own.std)
 
 
