@@ -217,8 +217,9 @@ def open_backbone(
     tower: Any = getattr(model, "vision_model", None) if hasattr(model, "text_model") else None
     if not isinstance(tower, nn.Module):
         return model
-    if not getattr(tower.config, "_name_or_path", ""):  # so that a file can name where it came from
-        tower.config._name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    config: Any = tower.config
+    if not getattr(config, "_name_or_path", ""):  # so that a file can name where it came from
+        config._name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
     return tower
 
 
