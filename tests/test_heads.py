@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
