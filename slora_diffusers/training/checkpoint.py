@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def gathered(tree: Any) -> Any:
     return tree
 
 
-def load_parameters(named: list[tuple[str, torch.nn.Parameter]], saved: Mapping[str, Tensor]) -> None:
+def load_parameters(named: Sequence[tuple[str, Tensor]], saved: Mapping[str, Tensor]) -> None:
     """Copy saved weights into parameters of the same names, sharding them where the parameters are.
 
     Raises:
