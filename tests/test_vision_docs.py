@@ -9,15 +9,18 @@ import pytest
 import torch
 import transformers
 
+from tests.test_trainer_callback import Stripes
+from tests.test_trainer_callback import model as adapted
 from tests.test_vision_promptable import batch, sam
 from tests.test_vision_prompts import tokenizer
 from tests.tiny_vision import VISION
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "vision.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-assert len(BLOCKS) == 5
+assert len(BLOCKS) == 6
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block_runs(number: int, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -36,6 +39,8 @@ def test_block_runs(number: int, tmp_path, monkeypatch):
         "masks": torch.randint(3, (2, 16, 16)),
         "objects": inputs["masks"],
         "boxes": inputs["input_boxes"],
+        "model": adapted(),
+        "images": Stripes(),
     }
     exec(compile(BLOCKS[number], f"docs/vision.md, block {number + 1}", "exec"), names)
     model = names["model"]
