@@ -55,6 +55,7 @@ class Method:
     rates: tuple[float, ...] = RATES
     init: str = "kaiming"
     plus: float = 1.0  # LoRA+: the rate of B over that of A
+    output_rank: int | None = None  # of the pairs on the attentions' outputs, if another
 
 
 METHODS = {
@@ -63,6 +64,7 @@ METHODS = {
     "lora-r2": Method("lora", 2),
     "serial-r8": Method("serial", 8),
     "serial-r4+output": Method("serial", 4, OUTPUT),
+    "serial-r6+output-r2": Method("serial", 6, OUTPUT, output_rank=2),
     "serial-r8+output": Method("serial", 8, OUTPUT),
     "serial-r16+output": Method("serial", 16, OUTPUT),
     "serial-r32": Method("serial", 32),
@@ -82,7 +84,8 @@ def build(task: Task, backbone: nn.Module, method: Method, size: int) -> Any:
     """A new head on a copy of the backbone, and the method's adapter."""
     config = None
     if method.kind == "serial":
-        config = SerialLoraConfig(rank=method.rank, inputs=method.inputs, init=method.init)
+        ranks = {r".*attention_output": method.output_rank} if method.output_rank else {}
+        config = SerialLoraConfig(rank=method.rank, rank_pattern=ranks, inputs=method.inputs, init=method.init)
     preprocessing = Preprocessing((size, size))
     model = task.heads.from_backbone(
         copy.deepcopy(backbone), task.classes, config, preprocessing=preprocessing, **task.settings

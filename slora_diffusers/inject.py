@@ -155,7 +155,9 @@ def unload_serial_lora(model: nn.Module) -> None:
                 del hooks[key]
                 for flags in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
                     getattr(model, flags).pop(key, None)
-    vars(model).pop("save_pretrained", None)
+    for module in model.modules():
+        if isinstance(vars(module).get("save_pretrained"), SavePretrained):
+            del vars(module)["save_pretrained"]
     del model._serial_lora
 
 
@@ -262,8 +264,9 @@ def _register(model: nn.Module, registry: Registry) -> None:
         call = ModelCall(registry.call)
         model.register_forward_pre_hook(call.before, with_kwargs=True)
         model.register_forward_hook(call.after, always_call=True)
-        if hasattr(type(model), "save_pretrained"):
-            vars(model)["save_pretrained"] = SavePretrained(model)
+        for module in model.modules():  # a model inside, such as a vision tower, can be saved by itself
+            if hasattr(type(module), "save_pretrained"):
+                vars(module)["save_pretrained"] = SavePretrained(module)
 
 
 def activate(model: nn.Module, chosen: Mapping[str, Weights]) -> None:

@@ -23,6 +23,7 @@ from slora_diffusers import (
     save_serial_lora,
     serial_lora_scale,
     serial_lora_status,
+    unload_serial_lora,
 )
 from slora_diffusers.errors import AdapterFileError, AdapterStateError
 from slora_diffusers.promptable import SerialLoraForPromptableSegmentation
@@ -184,3 +185,15 @@ def test_padded_batches_of_pytorchs_encoder_go_through_the_pairs():
         got = encoder(x, src_key_padding_mask=padded)
         expected = encoder(x[1:, :4])
     torch.testing.assert_close(got[1:, :4], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_model_inside_an_adapted_one_is_saved_without_pairs(tmp_path):
+    model = VISION["Dinov2ForImageClassification"].build()
+    keys = set(model.dinov2.state_dict())
+    add_serial_lora(model, CONFIG)
+    model.dinov2.save_pretrained(tmp_path / "inside")
+    opened, report = transformers.AutoModel.from_pretrained(tmp_path / "inside", output_loading_info=True)
+    assert set(opened.state_dict()) == keys
+    assert not report["unexpected_keys"]
+    unload_serial_lora(model)
+    assert not any("save_pretrained" in vars(module) for module in model.modules())
