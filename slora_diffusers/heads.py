@@ -19,6 +19,7 @@ from .fuse import fuse_serial_lora
 from .inject import add_serial_lora, unload_serial_lora
 from .io import Source, describe_base, load_serial_lora, new_header, serial_lora_state_dict, write_state
 from .preprocessing import Preprocessing
+from .registry import registry_of
 
 
 class SerialLoraWithHead(nn.Module):
@@ -90,6 +91,8 @@ class SerialLoraWithHead(nn.Module):
             )
         if getattr(self.backbone, "_serial_lora", None) is not None:
             adapter = serial_lora_state_dict(self.backbone, adapter_name, "model")
+            if any(weight != 1 for weight in registry_of(self.backbone).active.values()):
+                warnings.warn("Adapters have weights other than 1, which files do not hold.", stacklevel=2)
         else:
             adapter = AdapterTensors({}, new_header({}))
         head = {
@@ -208,13 +211,16 @@ def checkpoint_gradients(model: Any) -> None:
 def open_backbone(
     model_or_id: nn.Module | str | os.PathLike[str], model_class: str | None = None, **loading: Any
 ) -> nn.Module:
-    """A headless vision backbone; of a model with a text tower too, its vision tower.
+    """A headless vision backbone; of a model with a text tower too, its vision tower, of a SAM its image encoder.
 
     Raises:
         SerialLoraError: If there is no such model.
     """
     model = open_model(model_or_id, model_class, **loading)
-    tower: Any = getattr(model, "vision_model", None) if hasattr(model, "text_model") else None
+    part = (
+        "vision_model" if hasattr(model, "text_model") else "vision_encoder" if hasattr(model, "mask_decoder") else ""
+    )
+    tower: Any = getattr(model, part, None)
     if not isinstance(tower, nn.Module):
         return model
     config: Any = tower.config
@@ -232,16 +238,18 @@ def open_model(
         SerialLoraError: If there is no such model.
     """
     if isinstance(model_or_id, nn.Module):
-        model = model_or_id
-    else:
-        import transformers
+        return model_or_id
+    import transformers
 
-        opener = getattr(transformers, model_class or "", transformers.AutoModel)
-        try:
-            model = opener.from_pretrained(model_or_id, **{"dtype": torch.float32, **loading})
-        except (OSError, ValueError) as error:
-            raise SerialLoraError(f"{str(model_or_id)!r} is no model that transformers can open: {error}") from error
-    return model
+    loading = {"dtype": torch.float32, **loading, "output_loading_info": True}
+    try:
+        for opener in (getattr(transformers, model_class or "", transformers.AutoModel), transformers.AutoModel):
+            model, report = opener.from_pretrained(model_or_id, **loading)
+            if len(report["missing_keys"]) < len(model.state_dict()):  # a part of a model may not find its weights
+                return model
+    except (OSError, ValueError) as error:
+        raise SerialLoraError(f"{str(model_or_id)!r} is no model that transformers can open: {error}") from error
+    raise SerialLoraError(f"{str(model_or_id)!r} holds none of the weights of a {type(model).__name__}.")
 
 
 def _describe(backbone: nn.Module) -> dict[str, str | None]:

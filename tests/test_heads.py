@@ -23,9 +23,11 @@ from slora_diffusers import (
     save_serial_lora,
     serial_lora_scale,
     serial_lora_status,
+    set_serial_lora,
     unload_serial_lora,
 )
 from slora_diffusers.errors import AdapterFileError, AdapterStateError
+from slora_diffusers.preprocessing import Preprocessing
 from slora_diffusers.promptable import SerialLoraForPromptableSegmentation
 from slora_diffusers.vision import (
     SerialLoraForImageClassification,
@@ -197,3 +199,24 @@ def test_model_inside_an_adapted_one_is_saved_without_pairs(tmp_path):
     assert not report["unexpected_keys"]
     unload_serial_lora(model)
     assert not any("save_pretrained" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_semantic_head_on_a_sam_sits_on_its_image_encoder(tmp_path, name: str):
+    size = MODELS[name][1]
+    MODELS[name][0].build().save_pretrained(tmp_path / "base")
+    model = SerialLoraForSemanticSegmentation.from_backbone(
+        tmp_path / "base", 3, CONFIG, preprocessing=Preprocessing((size, size))
+    )
+    assert "Vision" in type(model.backbone).__name__
+    shaken(model).save_pretrained(tmp_path / "adapter")
+    back = SerialLoraForSemanticSegmentation.from_pretrained(tmp_path / "adapter")
+    image = pixels(size=size)
+    assert torch.equal(back(image).logits, model(image).logits)
+
+
+def test_weights_that_a_file_does_not_hold_are_named(tmp_path):
+    model = shaken(classifier())
+    set_serial_lora(model, "default", 0.5)
+    with pytest.warns(UserWarning, match="weights other than 1"):
+        model.save_pretrained(tmp_path)
