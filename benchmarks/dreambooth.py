@@ -41,20 +41,24 @@ SUBJECT = "a photo of sks cat"
 CLASS = "a photo of an astronaut"
 RESOLUTION = 32
 RATES = (3e-3, 1e-2, 3e-2)
-LEARNING_RATES = {"none": (0.0,), "serial": RATES, "lora": RATES, "full": (3e-4, 1e-3, 3e-3)}
+LEARNING_RATES = {
+    "none": (0.0,), "serial": RATES, "serial+output": RATES, "lora": RATES, "full": (3e-4, 1e-3, 3e-3),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Family:
-    """A recipe, and a tiny pipeline that it trains."""
+    """A recipe, a tiny pipeline that it trains, and its pairs in front of attentions and their output projections."""
 
     script: str
     pipeline: Callable[[], Any]
+    pairs: tuple[str, ...]
 
 
+PAIRS = ("hidden_states", "encoder_hidden_states", "attention_output")
 FAMILIES = {
-    "SD3": Family("train_dreambooth_sd3.py", tiny_sd3_pipeline),
-    "PixArt-Sigma": Family("train_dreambooth_pixart.py", lambda: tiny_pixart_pipeline("sigma")),
+    "SD3": Family("train_dreambooth_sd3.py", tiny_sd3_pipeline, (*PAIRS, "encoder_attention_output")),
+    "PixArt-Sigma": Family("train_dreambooth_pixart.py", lambda: tiny_pixart_pipeline("sigma"), PAIRS),
 }
 
 
@@ -77,8 +81,10 @@ def train(family: Family, base: Path, images: Path, out: Path, **options: Any) -
         "pretrained_model_name_or_path": base, "instance_data_dir": images, "output_dir": out, "resolution": RESOLUTION,
         "max_sequence_length": 16, "num_validation_images": 0, "checkpointing_steps": 0, "rank": 8,
     }  # fmt: skip
-    given = {**fixed, **options}.items()
-    flags = [part for name, value in given for part in ((f"--{name}",) if value is True else (f"--{name}", str(value)))]
+    flags: list[str] = []
+    for name, value in {**fixed, **options}.items():
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        flags += [f"--{name}", *map(str, values)]
     script = str(ROOT / "train_scripts" / family.script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(
@@ -157,7 +163,8 @@ def measure(family: Family, folder: Path, options: argparse.Namespace) -> dict[s
     for method, rates in LEARNING_RATES.items():
         for lr in rates:
             out = folder / f"{method}-{lr}"
-            settings = {"adapter": "serial" if method == "none" else method, "learning_rate": lr}
+            settings: dict[str, Any] = {"adapter": method if method in ("lora", "full") else "serial"}
+            settings |= {"learning_rate": lr, **({"inputs": family.pairs} if method == "serial+output" else {})}
             counts = {"max_train_steps": options.steps, "validation_steps": options.steps, "train_batch_size": 4}
             log = train(
                 family, base, folder / "subject", out, validation_data_dir=folder / "unseen", **counts, **settings

@@ -204,7 +204,10 @@ def _vit_method(method: dict[str, Any]) -> str:
 def dreambooth_table(folder: Path = RESULTS) -> str:
     """A subject learnt by tiny pipelines: loss on unseen images of it, what that cost, and what the class lost."""
     results = _read("dreambooth", folder)
-    names = {"none": "Serial LoRA, rate 0", "serial": "Serial LoRA", "lora": "PEFT's LoRA", "full": "full fine-tuning"}
+    names = {
+        "none": "Serial LoRA, rate 0", "serial": "Serial LoRA", "serial+output": "Serial LoRA, with attention output",
+        "lora": "PEFT's LoRA", "full": "full fine-tuning",
+    }  # fmt: skip
     rows, forgotten = [], []
     for family, measured in results["families"].items():
         for method, name in names.items():

@@ -36,9 +36,7 @@ def last_features(backbone: nn.Module, pixel_values: Tensor) -> tuple[Tensor | N
             f"{type(backbone).__name__} gives no last_hidden_state and has no forward_features. Pass the headless "
             "backbone (AutoModel, or a timm model)."
         )
-    if isinstance(getattr(backbone, "norm", None), nn.Identity):  # timm with pooling "avg" has its last norm here
-        output = getattr(backbone, "fc_norm", nn.Identity())(output)
-    return _split(output, pixel_values, backbone)
+    return _split(_last_norm(backbone)(output), pixel_values, backbone)
 
 
 def layer_features(backbone: nn.Module, pixel_values: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
@@ -91,6 +89,15 @@ def patch_size(backbone: nn.Module) -> int | None:
 def _timm_inside(backbone: nn.Module) -> Any:
     """The model of timm that transformers' TimmWrapperModel holds."""
     return getattr(backbone, "timm_model", backbone)
+
+
+def _last_norm(backbone: nn.Module) -> nn.Module:
+    """The norm that a model applies after its own pooling, where its last features come without."""
+    if _model_type(backbone) == "clip_vision_model":
+        return next(part for name, part in backbone.named_modules() if name.rpartition(".")[2] == "post_layernorm")
+    if isinstance(getattr(backbone, "norm", None), nn.Identity):  # timm with pooling "avg"
+        return getattr(backbone, "fc_norm", nn.Identity())
+    return nn.Identity()
 
 
 def _model_type(backbone: nn.Module) -> str:

@@ -123,6 +123,11 @@ def test_models_that_pool_by_mean_are_normed(name: str):
     assert torch.equal(last_features(backbone, pixels())[1].flatten(2).mT, tokens[:, backbone.num_prefix_tokens :])
 
 
+def test_class_token_of_clip_is_what_its_own_head_reads():
+    backbone = VISION["CLIPVisionModel"].build()
+    assert torch.equal(last_features(backbone, pixels())[0], backbone(pixels()).pooler_output)
+
+
 def test_segformer_maps_are_channels_first_at_any_size():
     """Sides whose stages do not divide evenly: 20 x 12 becomes 10 x 6, then 5 x 3."""
     backbone = VISION["SegformerForSemanticSegmentation"].build().segformer
