@@ -53,10 +53,12 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) -e .
 	touch $@
 
-# timm and xformers would pull in torchvision and CUDA builds; the tests need neither (see tests/conftest.py).
+# timm and xformers would pull in torchvision and CUDA builds; the tests need neither. timm without torchvision stays in a
+# folder of its own, where only tests/tiny_vision.py looks: the `accelerate` command imports every timm that it finds.
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[test]'
-	$(PIP) --no-deps timm xformers
+	$(PIP) --no-deps xformers
+	$(PIP) --no-deps --upgrade --target $(VENV)/timm timm
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test

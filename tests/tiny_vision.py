@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -133,6 +134,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @cache
 def timm() -> types.ModuleType:
     """timm, which imports torchvision for transforms and data sets that its models do not use."""
+    if importlib.util.find_spec("timm") is None:  # where the Makefile puts it
+        sys.path.append(str(Path(sys.prefix) / "timm"))
     if importlib.util.find_spec("torchvision") is not None:
         return importlib.import_module("timm")
     finder = _Finder()
