@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.errors import SerialLoraError, run_script
 from slora_diffusers.prompts import SerialLoraForPromptClassification
 from slora_diffusers.training.inference import image_files, make_parser, open_model, predictions
 from slora_diffusers.vision import SerialLoraForImageClassification
@@ -49,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

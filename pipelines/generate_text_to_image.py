@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
+from slora_diffusers.errors import run_script
 from slora_diffusers.training.generation import adapted, add_adapter_options, default_device, save_grid
 from slora_diffusers.training.validation import sample_generators
 
@@ -57,4 +58,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

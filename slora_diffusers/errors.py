@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 
 class SerialLoraError(ValueError):
     """Base of every error that slora_diffusers raises on bad input or in a state that forbids the call."""
@@ -17,3 +21,11 @@ class AdapterFileError(SerialLoraError):
 
 class AdapterStateError(SerialLoraError):
     """The call does not fit the state of the adapters: unknown name, fused weights, a name already taken."""
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a script's main; an error of this library ends it with the message alone, which says what to do."""
+    try:
+        main()
+    except SerialLoraError as error:
+        sys.exit(f"error: {error}")

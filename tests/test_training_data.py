@@ -101,11 +101,28 @@ def test_images_are_read_upright_in_rgb_whatever_their_mode(tmp_path):
         ({"metadata__jsonl": '{"file_name": "9.png", "text": "x"}'}, None, "9.png"),
         ({"metadata__jsonl": '{"file": "0.png"}'}, None, "line 1"),
         ({"0__txt": "a cat"}, None, "1.png has no caption"),
+        ({"metadata__jsonl": '{"file_name": "0.png", "text": 5}'}, None, "line 1"),
+        ({"metadata__jsonl": '{"file_name": 5, "text": "x"}'}, None, "line 1"),
     ],
 )
 def test_captions_that_are_wrong_or_missing_are_named(tmp_path, files, prompt, message):
     with pytest.raises(SerialLoraError, match=message):
         find_images(folder_of(tmp_path, **files), prompt=prompt)
+
+
+def test_captions_are_read_from_files_as_windows_writes_them(tmp_path):
+    lines = "\n".join(json.dumps({"file_name": f"./{i}.png", "text": c}) for i, c in enumerate(CAPTIONS))
+    folder = folder_of(tmp_path)
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8-sig")
+    found = find_images(folder)
+    assert [item.caption for item in found.items] == CAPTIONS
+    assert not found.skipped
+    (folder / "metadata.jsonl").unlink()
+    (folder / "0.txt").write_text("a café", encoding="utf-8-sig")
+    assert find_images(folder, prompt="x").items[0].caption == "a café"
+    (folder / "0.txt").write_bytes("a café".encode("latin-1"))
+    with pytest.raises(SerialLoraError, match=r"0\.txt is not UTF-8"):
+        find_images(folder, prompt="x")
 
 
 def test_folders_that_are_missing_empty_or_wrongly_named_are_refused(tmp_path):

@@ -45,6 +45,25 @@ def test_a_file_gives_options_flags_beside_it_win_and_what_was_used_reads_back_t
     assert {**again, "config": None} == {**vars(used), "config": None}
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--precondition_outputs", "1"], "is a switch here"),
+        (["--prodigy_beta3", "0.9"], "--prodigy_beta3 of diffusers' script is not here"),
+        (["--lora_blocks", "12"], "--layers"),
+    ],
+)
+def test_flags_of_diffusers_script_that_mean_something_else_are_explained(argv, message):
+    with pytest.raises(SerialLoraError, match=message):
+        parse(make_parser("test", OBJECTIVE, OPTIMIZER), argv)
+
+
+def test_schedules_that_need_more_than_flags_can_say_are_not_offered(capsys):
+    with pytest.raises(SystemExit):
+        options(*NEEDED, "--lr_scheduler", "piecewise_constant")
+    assert "invalid choice" in capsys.readouterr().err
+
+
 def test_the_names_of_diffusers_scripts_mean_the_same_as_flags_and_in_files(tmp_path):
     text = "pretrained_model_name_or_path: base\nlora_dropout: 0.1\n"
     used = options("--config", config_file(tmp_path, text), "--lora_alpha", "4")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -65,6 +67,31 @@ def test_precision_and_accumulation_of_accelerate_launch_hold_unless_flags_diffe
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises((SerialLoraError, ImportError, ValueError)):
         train(base, subject, tmp_path / "fp8")
+
+
+def test_steps_win_over_epochs_as_in_diffusers_script(base, subject, tmp_path):
+    train(base, subject, tmp_path / "steps", "--num_train_epochs", "9")
+    assert log(tmp_path / "steps")[-1] == 2
+    flags = config(tmp_path / "steps")
+    assert flags["max_train_steps"] == 2
+
+
+def test_nothing_is_trained_and_said_so_where_a_checkpoint_has_all_steps(base, subject, tmp_path, caplog):
+    train(base, subject, tmp_path, "--checkpointing_steps", "2")
+    before = load_file(tmp_path / "serial_lora_weights.safetensors")
+    train(base, subject, tmp_path, "--max_train_steps", "1", "--resume_from_checkpoint", "latest")
+    assert "nothing to train" in caplog.text
+    after = load_file(tmp_path / "serial_lora_weights.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_script_ends_with_the_message_alone(tmp_path):
+    command = [sys.executable, "train_scripts/train_dreambooth_sd3.py", "--pretrained_model_name_or_path", "none"]
+    command += ["--instance_data_dir", str(tmp_path / "missing")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "error: " in ended.stderr and "missing is not a folder" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_accumulation_of_accelerate_resumes_to_the_bit(base, subject, tmp_path, monkeypatch):

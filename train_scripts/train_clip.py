@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.errors import SerialLoraError, run_script
 from slora_diffusers.prompts import TOWERS, SerialLoraForPromptClassification
 from slora_diffusers.training.classification import CLASSES, find_items, train_classifier
 from slora_diffusers.training.options import value
@@ -49,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
 from slora_diffusers import SerialLoraError
 from slora_diffusers.demo.glyphs import HELD_OUT_LETTERS, NEW_STYLES, SEEN_LETTERS, glyph_images
+from slora_diffusers.errors import run_script
 from slora_diffusers.training.batches import Batch, bucket_shapes
 from slora_diffusers.training.cache import vae_factor
 from slora_diffusers.training.data import Item, find_classes, from_tensors
@@ -112,4 +113,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
+from slora_diffusers.errors import run_script
 from slora_diffusers.training.batches import Batch
 from slora_diffusers.training.cache import vae_factor
 from slora_diffusers.training.fit import fit
@@ -85,4 +86,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

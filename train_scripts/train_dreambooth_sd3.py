@@ -19,6 +19,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
+from slora_diffusers.errors import run_script
 from slora_diffusers.training.batches import Batch
 from slora_diffusers.training.fit import fit
 from slora_diffusers.training.objectives import objective_for
@@ -102,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from accelerate.utils import set_seed
 
+from slora_diffusers.errors import run_script
 from slora_diffusers.training.classification import CLASSES, find_items, train_classifier
 from slora_diffusers.training.options import value
 from slora_diffusers.training.run import Run
@@ -37,4 +38,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.errors import SerialLoraError, run_script
 from slora_diffusers.preprocessing import Preprocessing
 from slora_diffusers.training.batches import Batch
 from slora_diffusers.training.data import Item
@@ -117,4 +117,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

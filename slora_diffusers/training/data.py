@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ def find_images(folder: str | Path, captions: Mapping[str, str] | None = None, p
         text = (folder / item.name).with_suffix(".txt")
         caption = captions[item.name] if captions is not None else prompt
         if captions is None and text.exists():
-            caption = text.read_text(encoding="utf-8").strip()
+            caption = _read_text(text).strip()
         if caption is None:
             raise SerialLoraError(
                 f"{folder / item.name} has no caption. Give --instance_prompt, a file {text.name} beside it, or a "
@@ -271,11 +271,18 @@ def _header_size(path: Path) -> tuple[int, int]:
         raise SerialLoraError(f"{path} cannot be read as an image: {error}.") from error
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise SerialLoraError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+
+
 def _metadata(folder: Path) -> dict[str, str] | None:
     path = next((p for p in (folder / "metadata.jsonl", folder / "metadata.csv") if p.exists()), None)
     if path is None:
         return None
-    text, captions = path.read_text(encoding="utf-8"), {}
+    text, captions = _read_text(path), {}
     is_csv = path.suffix == ".csv"
     lines = list(csv.DictReader(io.StringIO(text))) if is_csv else text.splitlines()
     for number, line in enumerate(lines, start=2 if is_csv else 1):
@@ -284,7 +291,9 @@ def _metadata(folder: Path) -> dict[str, str] | None:
         try:
             row = json.loads(line) if isinstance(line, str) else line
             caption = next(row[key] for key in CAPTION_KEYS if key in row)
-            captions[row["file_name"]] = caption
+            if not isinstance(caption, str):
+                raise TypeError("a caption is text")
+            captions[PurePosixPath(row["file_name"]).as_posix()] = caption
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise SerialLoraError(
                 f"line {number} of {path} must have a file_name and one of {', '.join(CAPTION_KEYS)}; got "

@@ -18,6 +18,7 @@ from ..contexts import serial_lora_scale
 from ..errors import SerialLoraError
 from ..files import read_adapter
 from ..heads import open_backbone
+from ..registry import pairs_of
 from .adapters import LORA_WEIGHT_NAME, PeftLora
 from .data import SUFFIXES, read_image
 from .generation import default_device
@@ -61,6 +62,8 @@ def open_model(classes: Sequence[Any], options: argparse.Namespace) -> Any:
     chosen = next((c for c in classes if c.task == saved.get("task")), classes[0])
     base = _with_lora(saved["base"], options) if with_lora else options.base
     model = chosen.from_pretrained(options.model, base, **name).to(device)
+    if (options.fuse or options.scale != 1) and not pairs_of(model):
+        raise SerialLoraError(f"--fuse and --scale are for Serial LoRA, and {options.model} holds none.")
     if options.fuse:
         model.fuse()
     return model.to(dtype)

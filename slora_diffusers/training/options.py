@@ -23,7 +23,7 @@ from .precision import QUANTIZATIONS
 
 Group = Sequence[tuple[str, dict[str, Any]]]
 SCHEMES = (*DENSITIES, *WEIGHTINGS)
-SCHEDULES = tuple(kind.value for kind in SchedulerType)
+SCHEDULES = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)  # needs rules
 KINDS = ("serial", "lora", "full")  # of adapters, for a model without a head of its own
 
 
@@ -77,8 +77,8 @@ DATA: Group = (
 OPTIMIZER: Group = (
     ("train_batch_size", value(int, 4, "Samples per step and process.")),
     ("gradient_accumulation_steps", value(int, 1, "Batches per optimizer step.")),
-    ("max_train_steps", value(int, 500, "Optimizer steps.")),
-    ("num_train_epochs", value(int, None, "Passes over the images, instead of --max_train_steps.")),
+    ("max_train_steps", value(int, None, "Optimizer steps; 500 unless --num_train_epochs says otherwise.")),
+    ("num_train_epochs", value(int, None, "Passes over the images, if --max_train_steps is not given.")),
     ("learning_rate", value(float, 1e-4, "Learning rate.")),
     ("scale_lr", switch("Multiply the learning rate by the samples of a step, over all processes.")),
     ("lora_plus_ratio", value(float, 1.0, "LoRA+: learning rate of B over that of A.")),
@@ -132,6 +132,10 @@ ELSEWHERE = {
     "--prior_generation_precision": "class images are drawn in the precision of the run",
     "--adam_weight_decay_text_encoder": "--adam_weight_decay holds for all",
     "--local_rank": "accelerate launch tells each process its rank",
+    **dict.fromkeys(
+        ("--prodigy_beta3", "--prodigy_decouple", "--prodigy_use_bias_correction", "--prodigy_safeguard_warmup"),
+        "prodigy runs as that script sets it by default",
+    ),
 }
 _NOT_SAVED = frozenset({"config", "hub_token"})
 
@@ -164,6 +168,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     for flag in (argument.partition("=")[0] for argument in unknown):
         if flag in ELSEWHERE:
             raise SerialLoraError(f"{flag} of diffusers' script is not here: {ELSEWHERE[flag]}.")
+    if {"0", "1"} & set(unknown) and getattr(options, "precondition_outputs", False):
+        raise SerialLoraError("--precondition_outputs is a switch here, and off unless it is given: without a number.")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if getattr(options, "use_8bit_adam", False):

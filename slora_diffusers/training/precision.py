@@ -54,9 +54,12 @@ def load_pipeline(pipeline_class: Any, transformer_class: Any, options: argparse
     where = {name: getattr(options, name) for name in ("revision", "variant", "cache_dir")}
     quantization = quantization_config(options.quantize, dtype)
     extra = {} if quantization is None else {"quantization_config": quantization}
-    transformer = transformer_class.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **where, **extra)
     dtypes = {"vae": torch.float32, "default": dtype}  # half precision overflows in some VAEs
-    pipe = pipeline_class.from_pretrained(path, transformer=transformer, torch_dtype=dtypes, **where)
+    try:
+        model = transformer_class.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **where, **extra)
+        pipe = pipeline_class.from_pretrained(path, transformer=model, torch_dtype=dtypes, **where)
+    except OSError as error:
+        raise SerialLoraError(f"--pretrained_model_name_or_path {path} is no whole pipeline: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module) and name != "transformer":

@@ -15,7 +15,15 @@ from .optim import optimizer_class
 from .options import adapter_config
 from .precision import quantization_config
 
-_AT_LEAST_ONE = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "rank")
+# The smallest value of an option, where a recipe has it.
+_AT_LEAST = {
+    **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs"), 1),
+    **dict.fromkeys(("rank", "resolution", "max_sequence_length", "num_class_images", "sample_batch_size"), 1),
+    **dict.fromkeys(("validation_loss_images", "validation_inference_steps"), 1),
+    **dict.fromkeys(("validation_steps", "checkpointing_steps", "lr_warmup_steps", "num_validation_images"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "learning_rate", "adam_weight_decay"), 0),
+    **dict.fromkeys(("logit_std", "text_encoder_lr", "head_learning_rate", "prior_loss_weight"), 0),
+}
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -27,14 +35,13 @@ def check_options(options: argparse.Namespace) -> None:
     optimizer_class(options.optimizer)
     ADAPTERS[options.adapter].check()
     quantization_config(options.quantize, torch.float32)
-    for name in _AT_LEAST_ONE:
-        number = getattr(options, name)
-        if number is not None and number < 1:
-            raise SerialLoraError(f"--{name} must be at least 1; got {number}.")
-    for name in ("validation_steps", "checkpointing_steps", "lr_warmup_steps"):
-        number = getattr(options, name)
-        if number is not None and number < 0:
-            raise SerialLoraError(f"--{name} must be at least 0; got {number}.")
+    for name, least in _AT_LEAST.items():
+        number = getattr(options, name, None)
+        if number is not None and number < least:
+            raise SerialLoraError(f"--{name} must be at least {least}; got {number}.")
+    for name in ("adam_beta1", "adam_beta2", "ema_decay", "dropout"):
+        if not 0 <= getattr(options, name) < 1:
+            raise SerialLoraError(f"--{name} must lie in [0, 1); got {getattr(options, name)}.")
     check_tracker(options.report_to)
     if options.optimizer == "prodigy" and options.lora_plus_ratio != 1:
         raise SerialLoraError("--optimizer prodigy finds one rate for all: leave out --lora_plus_ratio.")

@@ -89,6 +89,8 @@ class Run:
             assert plugin is not None
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.train_batch_size
         self.start = 0
+        if options.max_train_steps is None and options.num_train_epochs is None:
+            options.max_train_steps = 500
 
     @property
     def _deepspeed(self) -> bool:
@@ -100,9 +102,9 @@ class Run:
         return self.options.train_batch_size * self.accelerator.num_processes
 
     def count_steps(self, rows: int) -> None:
-        """Turn --num_train_epochs, if it is given, of `rows` micro-batches each, into --max_train_steps."""
+        """Turn --num_train_epochs, of `rows` micro-batches each, into --max_train_steps, unless that is given."""
         options = self.options
-        if options.num_train_epochs is not None:
+        if options.max_train_steps is None:
             options.max_train_steps = -(-rows * options.num_train_epochs // options.gradient_accumulation_steps)
 
     def attach(self, model: nn.Module) -> None:
@@ -334,6 +336,8 @@ class Run:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.start = state["step"]
+        if self.start >= self.options.max_train_steps:
+            logger.warning("%s has all of --max_train_steps %d: nothing to train", path, self.options.max_train_steps)
         logger.info("resumed from %s at step %d", path, self.start)
 
     def _set_aside(self) -> None:

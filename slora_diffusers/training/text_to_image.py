@@ -16,7 +16,7 @@ from PIL import Image
 from ..errors import SerialLoraError
 from .batches import Batch, bucket_shapes
 from .cache import TensorCache, Tensors, cache_texts, key_of, model_key, vae_factor
-from .data import Item, find_images, from_dataset
+from .data import SUFFIXES, Item, find_images, from_dataset
 from .options import Group, switch, value
 from .randomness import generator
 from .run import Run
@@ -77,7 +77,8 @@ def find_class_images(run: Run, draw: Callable[[int, list[torch.Generator]], Seq
         return []
     folder = Path(options.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    there = len(find_images(folder, prompt="").items) if any(folder.iterdir()) else 0
+    has_images = any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    there = len(find_images(folder, prompt="").items) if has_images else 0
     free = (number for number in count() if not (folder / f"class-{number:05d}.png").exists())
     missing = list(islice(free, max(0, options.num_class_images - there)))
     run.accelerator.wait_for_everyone()  # every process has counted before any of them adds to the folder
@@ -169,6 +170,9 @@ class Subject:
         # Validation and class images take the square if it is one of the shapes.
         height, width = (side, side) if (side, side) in self.shapes else self.shapes[0]
         self.tokens = height * width // token**2
+        largest = getattr(config, "pos_embed_max_size", None)
+        if largest and max(max(shape) for shape in self.shapes) > largest * token:
+            raise SerialLoraError(f"the transformer takes at most {largest * token} pixels a side: lower --resolution.")
         steps = options.validation_inference_steps
         self._settings = {"num_inference_steps": steps, "height": height, "width": width, **settings}
         self._prior = find_class_images(run, self._draw_class)
@@ -193,7 +197,8 @@ class Subject:
         ).images
 
     def _draw_class(self, count: int, draws: list[torch.Generator]) -> list[Image.Image]:
-        return self._pipe([self._run.options.class_prompt] * count, generator=draws, **self._settings).images
+        settings = {name: value for name, value in self._settings.items() if not name.startswith("negative_")}
+        return self._pipe([self._run.options.class_prompt] * count, generator=draws, **settings).images
 
 
 def free(pipe: Any, names: Iterable[str]) -> None:
@@ -224,5 +229,8 @@ def _load_dataset(name: str, config: str | None) -> Any:
     if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
         loaded = datasets.load_from_disk(name)
     else:
-        loaded = datasets.load_dataset(name, config)
+        try:
+            loaded = datasets.load_dataset(name, config)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise SerialLoraError(f"--dataset_name {name} cannot be opened: {error}") from error
     return loaded["train"] if isinstance(loaded, dict) else loaded

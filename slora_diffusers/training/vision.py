@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 HEAD_NAME = "head.safetensors"
 _NOT_HERE = {  # options of the diffusion recipes that the training library reads
     "cache_latents": False, "center_crop": True, "quantize": None, "variant": None, "scale_lr": False,
-    "validation_loss_images": 0, "num_validation_images": 0, "validation_inference_steps": 0,
+    "validation_loss_images": 1, "num_validation_images": 0, "validation_inference_steps": 1,
     "validation_guidance_scale": 0.0,
 }  # fmt: skip
 # What did best on DINOv2 with few images of each class (docs/vision.md): Serial LoRA takes twice LoRA's rate.
