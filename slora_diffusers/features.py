@@ -111,8 +111,8 @@ def _of_timm(backbone: nn.Module, method: Any, pixel_values: Tensor, **arguments
         if getattr(getattr(backbone, "patch_embed", None), "img_size", None) in (None, tuple(pixel_values.shape[-2:])):
             raise
         raise SerialLoraError(
-            f"This {type(backbone).__name__} takes images of its own size only: {error}. Make it with "
-            "timm.create_model(..., dynamic_img_size=True), or with img_size= of yours."
+            f"This {type(backbone).__name__} takes images of one size only: {str(error).rstrip('.')}. Make it "
+            "with timm.create_model(..., dynamic_img_size=True) or img_size= of yours, and give that as preprocessing."
         ) from error
 
 
@@ -128,7 +128,10 @@ def _run(backbone: nn.Module, pixel_values: Tensor, **arguments: Any) -> Any:
     config: Any = getattr(backbone, "config", None)
     ratio = getattr(config, "mask_ratio", None)
     if ratio is None or "noise" not in parameters:
-        return backbone(pixel_values=pixel_values, return_dict=True, **arguments)
+        try:
+            return backbone(pixel_values=pixel_values, return_dict=True, **arguments)
+        except ValueError as error:  # of SAM, whose relative positions have one size
+            raise SerialLoraError(f"{type(backbone).__name__} does not take these images: {error}") from error
     # A masked autoencoder hides and shuffles patches even in eval mode; rising noise leaves all in their order.
     side = patch_size(backbone) or 1
     patches = pixel_values[0, 0, ::side, ::side].numel()

@@ -19,7 +19,7 @@ from .fuse import fuse_serial_lora
 from .inject import add_serial_lora, unload_serial_lora
 from .io import Source, describe_base, load_serial_lora, new_header, serial_lora_state_dict, write_state
 from .preprocessing import Preprocessing
-from .registry import registry_of
+from .registry import parameters_of, registry_of
 
 
 class SerialLoraWithHead(nn.Module):
@@ -150,7 +150,9 @@ class SerialLoraWithHead(nn.Module):
     def from_pretrained(
         cls, source: Source, backbone: nn.Module | str | os.PathLike[str] | None = None, **arguments: Any
     ) -> Any:
-        """Open what `save_pretrained` wrote, over the base that it was trained on.
+        """Open what `save_pretrained` wrote, over the base that it was trained on, in eval mode.
+
+        Adapter and head are trainable, the base is frozen, as after `from_backbone`.
 
         Args:
             source: File, folder or Hub id.
@@ -192,9 +194,11 @@ class SerialLoraWithHead(nn.Module):
         if tensors.component_names():
             load_serial_lora(opened, tensors)
         else:
-            opened.requires_grad_(False)
             _compare_base(opened, base)
         head.load_state_dict(state)  # last: a decoder is part of the base, and nothing changes if the file does not fit
+        opened.requires_grad_(False)
+        for trained in (*parameters_of(opened), *head.parameters()):
+            trained.requires_grad_(True)
         return cls(opened, head, saved["settings"], saved["label_names"], preprocessing).eval()
 
 

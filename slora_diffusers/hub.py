@@ -240,6 +240,25 @@ def base_id(components: Mapping[str, Any]) -> str | None:
     return None
 
 
+def reserve_repository(name: str | Path, token: str | None = None) -> str:
+    """Create a repository, or find that it is there, before the work that it is for; gives its Hub id.
+
+    Args:
+        name: Hub id, or a folder, whose name it takes.
+        token: Access token; by default the one that is logged in.
+
+    Raises:
+        SerialLoraError: If nobody is logged in, or the Hub cannot be reached.
+    """
+    from huggingface_hub import create_repo
+
+    try:
+        name = name.resolve().name if isinstance(name, Path) else name
+        return create_repo(name, exist_ok=True, token=token).repo_id
+    except Exception as error:  # it raises of many kinds, its HTTP library's too
+        raise SerialLoraError(f"The Hub gives no repository {name} to push to: {error}") from error
+
+
 def check_publishing(push_to_hub: bool | str, options: Mapping[str, Any]) -> None:
     """Raise SerialLoraError if options of an upload are given without one."""
     if options and not push_to_hub:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,8 @@ class Preprocessing:
 
             return cls._from_repository(source, **hub) or cls._from_config(AutoConfig.from_pretrained(source, **hub))
         config: Any = getattr(source, "config", source)  # a model of timm has its pretrained_cfg itself
+        if built_for := getattr(getattr(getattr(source, "timm_model", source), "patch_embed", None), "img_size", None):
+            return replace(cls._from_config(config), size=_size(built_for))  # timm's create_model(..., img_size=)
         name = getattr(config, "_name_or_path", None)  # of a model that came from a folder or the Hub
         return (name and cls._from_repository(name, **hub)) or cls._from_config(config)
 

@@ -142,10 +142,10 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
         Raises:
             SerialLoraError: If labels, head or layers do not fit, or no record covers the backbone.
         """
-        if head not in SEGMENTATION_HEADS or width < 1 or (head == "linear" and layers is not None):
+        if head not in SEGMENTATION_HEADS or width < 1 or (layers is not None and (head == "linear" or not layers)):
             raise SerialLoraError(
-                f"head must be one of {', '.join(SEGMENTATION_HEADS)}, width at least 1, and layers go with the "
-                f"convolutional head only; got head={head!r}, width={width}, layers={layers}."
+                f"head must be one of {', '.join(SEGMENTATION_HEADS)}, width at least 1, and layers, one or more, go "
+                f"with the convolutional head only; got head={head!r}, width={width}, layers={layers}."
             )
         if len(label_names or ()) > IGNORE_INDEX or (num_labels or 0) > IGNORE_INDEX:
             raise SerialLoraError(f"At most {IGNORE_INDEX} labels: {IGNORE_INDEX} marks pixels that count for nothing.")
@@ -169,7 +169,7 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
 
         Args:
             pixel_values: (B, 3, H, W).
-            labels: (B, H, W) class indices; pixels of 255 count for nothing.
+            labels: (B, H', W') class indices, at any size; pixels of 255 count for nothing.
 
         Returns:
             transformers' `SemanticSegmenterOutput`.
@@ -183,7 +183,11 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
             maps = layer_features(self.backbone, pixel_values, self.settings["layers"])
             x = self.head([x.to(dtype) for x in maps])  # (B, classes, 4 h, 4 w)
         logits = F.interpolate(x.float(), pixel_values.shape[-2:], mode="bilinear")  # (B, classes, H, W)
-        loss = None if labels is None else pixel_cross_entropy(logits, labels)
+        loss = None
+        if labels is not None:
+            same = labels.shape[-2:] == logits.shape[-2:]
+            sized = logits if same else F.interpolate(x.float(), labels.shape[-2:], mode="bilinear")
+            loss = pixel_cross_entropy(sized, labels)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 
 

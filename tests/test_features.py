@@ -103,7 +103,7 @@ def test_timm_wrapper_gives_what_its_model_gives(monkeypatch):
     assert patch_size(wrapper) == 4
     assert torch.equal(last_features(wrapper, pixels())[1], last_features(wrapper.timm_model, pixels())[1])
     assert len(layer_features(wrapper, pixels())) == 2
-    assert Preprocessing.of(wrapper) == Preprocessing((8, 12), (0.1,) * 3, (0.2,) * 3)
+    assert Preprocessing.of(wrapper) == Preprocessing((SIZE, SIZE), (0.1,) * 3, (0.2,) * 3)
     add_serial_lora(wrapper, SerialLoraConfig(rank=2))
 
 
@@ -161,6 +161,9 @@ def test_timm_model_of_a_fixed_size_says_how_to_get_another():
     backbone = VISION["timm/vit"].build()
     with pytest.raises(SerialLoraError, match="dynamic_img_size=True"):
         last_features(backbone, pixels(1, 32))
+    assert Preprocessing.of(backbone).size == (SIZE, SIZE)
+    with pytest.raises(SerialLoraError, match="SamVisionModel does not take these images"):
+        last_features(VISION["SamVisionModel"].build(), pixels(1, 32))
 
 
 class Odd(nn.Module):

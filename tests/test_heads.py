@@ -134,6 +134,16 @@ def test_damaged_decoder_leaves_the_model_as_it_was(tmp_path):
     assert all(torch.equal(before[key], tensor) for key, tensor in base.state_dict().items())
 
 
+@pytest.mark.parametrize("make_one", [classifier, lambda: make("sam"), lambda: make("sam", decoder="frozen")])
+def test_reopened_model_trains_what_it_trained(tmp_path, make_one):
+    model = make_one()
+    model.save_pretrained(tmp_path)
+    base = VISION["Dinov2Model"] if isinstance(model, SerialLoraForImageClassification) else MODELS["sam"][0]
+    back = type(model).from_pretrained(tmp_path, backbone=base.build())
+    trained = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (model, back)]
+    assert trained[0] == trained[1]
+
+
 def test_backbone_that_is_adapted_already_is_refused(tmp_path):
     model = shaken(classifier())
     model.save_pretrained(tmp_path)

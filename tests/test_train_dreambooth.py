@@ -223,11 +223,13 @@ def test_the_losses_are_a_plain_flow_for_sd3_and_noise_alone_for_pixart(bases, s
     assert isinstance(diffusion, Diffusion) and diffusion.sigma == "ignore" and diffusion.prediction_type == "epsilon"
 
 
-@pytest.mark.parametrize("family", ["sd3", "sigma"])
-def test_missing_class_images_are_drawn_once_and_their_loss_is_added_with_its_weight(family, bases, subject, tmp_path):
+@pytest.mark.parametrize(("family", "precision"), [("sd3", "bf16"), ("flux", "bf16"), ("sigma", "no")])
+def test_missing_class_images_are_drawn_once_and_their_loss_is_added_with_its_weight(
+    family, precision, bases, subject, tmp_path
+):
     options = {
         "with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a photo of a cat",
-        "num_class_images": 3, "max_train_steps": 1,
+        "num_class_images": 3, "max_train_steps": 1, "mixed_precision": precision,
     }  # fmt: skip
     losses, drawn = [], []
     (tmp_path / "class").mkdir()
@@ -340,6 +342,8 @@ def test_a_quantized_base_trains(quantize, bases, subject, tmp_path, monkeypatch
         ({"resolution": 31}, "multiple of 4"),
         ({"resolution": 512}, "pixels a side"),
         ({"validation_loss_images": 0}, "--validation_loss_images must be at least 1"),
+        ({"max_grad_norm": 0}, "--max_grad_norm must be above 0"),
+        ({"output_dir": __file__}, "is a file"),
         ({"sample_batch_size": 0}, "--sample_batch_size must be at least 1"),
         ({"adam_beta1": 1.5}, r"--adam_beta1 must lie in \[0, 1\)"),
         ({"learning_rate": -1}, "--learning_rate must be at least 0"),

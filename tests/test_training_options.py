@@ -58,6 +58,13 @@ def test_flags_of_diffusers_script_that_mean_something_else_are_explained(argv, 
         parse(make_parser("test", OBJECTIVE, OPTIMIZER), argv)
 
 
+def test_yaml_truth_values_mean_what_was_written(tmp_path):
+    text = "pretrained_model_name_or_path: base\nmixed_precision: no\n"
+    assert options("--config", config_file(tmp_path, text)).mixed_precision == "no"
+    with pytest.raises(SerialLoraError, match="did you mean scale_lr"):
+        options("--config", config_file(tmp_path, "pretrained_model_name_or_path: base\nno-scale_lr: true\n"))
+
+
 def test_schedules_that_need_more_than_flags_can_say_are_not_offered(capsys):
     with pytest.raises(SystemExit):
         options(*NEEDED, "--lr_scheduler", "piecewise_constant")

@@ -133,7 +133,9 @@ def test_tensorboard_gets_numbers_and_pictures(base, tmp_path):
 def test_a_result_is_uploaded_with_its_card_and_without_caches_and_checkpoints(base, tmp_path, monkeypatch):
     uploads = []
     monkeypatch.setattr(
-        huggingface_hub, "create_repo", lambda name, **more: argparse.Namespace(repo_id=f"me/{name}", **more)
+        huggingface_hub,
+        "create_repo",
+        lambda name, **more: argparse.Namespace(repo_id=name if "/" in name else f"me/{name}", **more),
     )
     monkeypatch.setattr(
         huggingface_hub, "upload_folder", lambda **more: uploads.append(more) or argparse.Namespace(commit_url="")
@@ -146,6 +148,16 @@ def test_a_result_is_uploaded_with_its_card_and_without_caches_and_checkpoints(b
     assert sent == {WEIGHTS, "README.md", "config.yaml"} and len(there) > len(sent)
     card = (tmp_path / "dog" / "README.md").read_text()
     assert "pipe.load_serial_lora('me/dog')" in card and str(base) in card
+
+
+def test_a_repository_that_cannot_be_had_is_found_before_training(base, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", refuse)
+    with pytest.raises(SerialLoraError, match="The Hub gives no repository dog to push to: no network"):
+        train(base, tmp_path / "dog", "--max_train_steps", "1", "--push_to_hub")
+    assert not (tmp_path / "dog" / WEIGHTS).exists()
 
 
 def test_a_checkpoint_that_fails_to_be_written_leaves_the_others(tmp_path):

@@ -85,6 +85,14 @@ def test_nothing_is_trained_and_said_so_where_a_checkpoint_has_all_steps(base, s
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_another_rate_holds_from_where_a_run_is_resumed(base, subject, tmp_path):
+    train(base, subject, tmp_path, "--checkpointing_steps", "2", "--learning_rate", "1e-3")
+    flags = ("--max_train_steps", "4", "--resume_from_checkpoint", "latest", "--learning_rate", "5e-3")
+    train(base, subject, tmp_path, *flags)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rates == [1e-3, 1e-3, 5e-3, 5e-3]
+
+
 def test_script_ends_with_the_message_alone(tmp_path):
     command = [sys.executable, "train_scripts/train_dreambooth_sd3.py", "--pretrained_model_name_or_path", "none"]
     command += ["--instance_data_dir", str(tmp_path / "missing")]

@@ -184,11 +184,28 @@ def test_mask_folder_refuses_what_does_not_match(tmp_path):
     assert (readers[found[0].name]() == 1).all()
 
 
-@pytest.mark.parametrize("text", ['{"a": 0}', '{"a": 0, "b": 0}', '["a", "b"]', "{", '{"a": 0, "b": "red"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"a": 0}', '{"a": 0, "b": 0}', '["a", "b"]', "{", '{"a": 0, "b": "red"}'),
+        *('{"a": 0, "b": 1.7}', '{"a": 0, "b": true}', '{"a": 0, "b": -1}', '{"a": 0, "b": [300, 0, 0]}'),
+    ],
+)
 def test_bad_label_maps_are_refused(text: str, tmp_path):
     (tmp_path / "labels.json").write_text(text)
     with pytest.raises(SerialLoraError, match="label_map"):
         read_label_map(tmp_path / "labels.json")
+
+
+def test_masks_are_turned_as_their_images_are(tmp_path):
+    """A photo and its mask from one camera, both on their side, of another shape than they show."""
+    mask = np.zeros((4, 6), np.uint8)
+    mask[0] = 1
+    upright = Image.fromarray(mask).transpose(Image.Transpose.ROTATE_90)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown turned by 90 degrees clockwise
+    upright.save(tmp_path / "mask.png", exif=turned)
+    assert np.array_equal(read_mask(tmp_path / "mask.png", {"background": 0, "cat": 1}), mask)
 
 
 def test_label_map_keeps_the_order_of_classes(tmp_path):

@@ -88,6 +88,17 @@ def test_linear_segmentation_upsamples_the_logits_of_patches():
     torch.testing.assert_close(output.logits, F.interpolate(coarse, (SIZE, SIZE), mode="bilinear"))
 
 
+def test_masks_of_another_size_count_at_theirs():
+    model = shaken(segmenter())
+    hidden = model.backbone(pixels()).last_hidden_state[:, 1:]
+    coarse = model.head(hidden.transpose(1, 2).unflatten(2, (4, 4)))
+    labels = torch.randint(3, (2, 24, 40))
+    output = model(pixels(), labels=labels)
+    expected = F.cross_entropy(F.interpolate(coarse, (24, 40), mode="bilinear"), labels)
+    torch.testing.assert_close(output.loss, expected)
+    assert output.logits.shape == (2, 3, SIZE, SIZE)
+
+
 def test_ignored_pixels_do_not_count():
     model = shaken(segmenter())
     labels = torch.randint(3, (2, SIZE, SIZE))
@@ -214,8 +225,9 @@ def test_class_token_pooling_needs_a_class_token():
     ("arguments", "message"),
     [
         ({"head": "unet"}, "head must be one of linear, convolutional"),
-        ({"layers": [0]}, "layers go with the convolutional head"),
+        ({"layers": [0]}, "with the convolutional head only"),
         ({"head": "convolutional", "layers": [7]}, "has 2 layers"),
+        ({"head": "convolutional", "layers": []}, "one or more"),
         ({"head": "convolutional", "width": 0}, "width at least 1"),
     ],
 )

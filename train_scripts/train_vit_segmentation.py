@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     run = Run(options)
     set_seed(options.seed)  # of the head's and the adapter's initial weights: the same on every process
     backbone, prepare = open_for_training(options, run)
-    shape = {} if options.head == "linear" else {"layers": options.head_layers, "width": options.head_width}
+    shape = {"layers": options.head_layers, "width": options.head_width}
     model = SerialLoraForSemanticSegmentation.from_backbone(
         backbone, None, None, head=options.head, label_names=names, preprocessing=prepare, **shape
     )

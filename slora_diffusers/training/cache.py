@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..errors import SerialLoraError
 from .batches import Batch, Fetch, Shape
 from .data import Item, to_pixels
 from .randomness import randn
@@ -63,7 +65,12 @@ class TensorCache:
         return self._path(key).exists() if self.folder is not None else key in self._memory
 
     def __getitem__(self, key: str) -> Tensors:
-        return load_file(self._path(key)) if self.folder is not None else self._memory[key]
+        if self.folder is None:
+            return self._memory[key]
+        try:
+            return load_file(self._path(key))
+        except (OSError, SafetensorError) as error:
+            raise SerialLoraError(f"{self._path(key)} is damaged ({error}): delete it, to be made anew.") from error
 
     def __setitem__(self, key: str, tensors: Tensors) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import SerialLoraError
 from ..vision import IGNORE_INDEX
@@ -106,7 +106,8 @@ def read_mask(path: Path, label_map: LabelMap) -> Mask:
 
 
 def mask_of(image: Image.Image, label_map: LabelMap, name: str) -> Mask:
-    """The same of an image; `name` is for errors."""
+    """The same of an image, turned upright as images are; `name` is for errors."""
+    image = ImageOps.exif_transpose(image)
     if _has_colours(label_map):
         values = np.asarray(image.convert("RGB")).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
     elif image.mode in ("P", "L", "1", "I", "I;16"):  # a palette's indices are the values
@@ -139,9 +140,15 @@ def _has_colours(label_map: LabelMap) -> bool:
 def _keys(label_map: LabelMap) -> dict[str, int]:
     """Every name's value, or colour as one number; among colours a value stands for a grey."""
     if not _has_colours(label_map):
-        return {name: int(value) for name, value in label_map.items()}
+        return {name: _whole(value, 65535) for name, value in label_map.items()}
     keys = {}
     for name, value in label_map.items():
-        red, green, blue = (int(part) for part in (value if isinstance(value, Sequence) else [value] * 3))
+        red, green, blue = (_whole(part, 255) for part in (value if isinstance(value, Sequence) else [value] * 3))
         keys[name] = (red << 16) + (green << 8) + blue
     return keys
+
+
+def _whole(value: Any, most: int) -> int:
+    if isinstance(value, bool) or int(value) != float(value) or not 0 <= int(value) <= most:
+        raise ValueError(f"{value!r} is no whole number from 0 to {most}")
+    return int(value)

@@ -216,7 +216,12 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         raise SerialLoraError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise SerialLoraError(f"--config {path} must hold 'option: value' lines; got {type(values).__name__}.")
-    flags = {flag.removeprefix("--"): action for action in parser._actions for flag in action.option_strings}
+    flags = {
+        flag.removeprefix("--"): action
+        for action in parser._actions
+        for flag in action.option_strings
+        if not flag.startswith("--no-")
+    }
     actions = {flag: action for flag, action in flags.items() if action.dest not in ("help", "config")}
     values = {str(key).replace("-", "_").lstrip("_"): value for key, value in values.items()}
     for key in values:
@@ -248,6 +253,8 @@ def _checked(action: argparse.Action, value: Any, path: Path) -> Any:
         if isinstance(value, bool):
             return value
         raise SerialLoraError(f"--config {path}: {action.dest} must be true or false; got {value!r}.")
+    if value is False and "no" in (action.choices or ()):
+        value = "no"  # which YAML 1.1 reads as a truth value
     entries = value if isinstance(value, list) and action.nargs else [value]
     convert = action.type if callable(action.type) else str
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ def check_options(options: argparse.Namespace) -> None:
     for name in ("adam_beta1", "adam_beta2", "ema_decay", "dropout"):
         if not 0 <= getattr(options, name) < 1:
             raise SerialLoraError(f"--{name} must lie in [0, 1); got {getattr(options, name)}.")
+    for name in ("max_grad_norm", "snr_gamma"):
+        if (number := getattr(options, name, None)) is not None and number <= 0:
+            raise SerialLoraError(f"--{name} must be above 0, or nothing would be learnt; got {number}.")
+    if Path(options.output_dir).is_file():
+        raise SerialLoraError(f"--output_dir {options.output_dir} is a file.")
     check_tracker(options.report_to)
     if options.optimizer == "prodigy" and options.lora_plus_ratio != 1:
         raise SerialLoraError("--optimizer prodigy finds one rate for all: leave out --lora_plus_ratio.")

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..errors import SerialLoraError
 from ..heads import checkpoint_gradients
-from ..hub import PROMPT, publish
+from ..hub import PROMPT, publish, reserve_repository
 from . import checkpoint
 from .adapters import ADAPTERS
 from .batches import Batch
@@ -73,6 +73,8 @@ class Run:
         options.gradient_accumulation_steps = self.accelerator.gradient_accumulation_steps
         if options.mixed_precision not in DTYPES:
             raise SerialLoraError(f"mixed precision {options.mixed_precision} is not supported: use bf16.")
+        if options.push_to_hub and self.accelerator.is_main_process:
+            options.hub_model_id = reserve_repository(options.hub_model_id or self.output_dir, options.hub_token)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.device = self.accelerator.device
         torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
@@ -297,13 +299,20 @@ class Run:
             prompt = getattr(options, "validation_prompt", None) or getattr(options, "instance_prompt", None) or PROMPT
             settings = {"base_model": options.pretrained_model_name_or_path, "prompt": prompt}
             also = ("config.yaml", "validation/*")
-            publish(path, options.hub_model_id or True, **settings, token=options.hub_token, also=also)
+            publish(path, options.hub_model_id, **settings, token=options.hub_token, also=also)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return path
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in trainable(self.models.values())]
+
+    def _set_rates(self, optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+        """Learning rates of this run's options, where the schedule stands: a checkpoint's are those that wrote it."""
+        self.schedule.base_lrs = rates
+        for group, rate, factor in zip(optimizer.param_groups, rates, self.schedule.lr_lambdas, strict=True):
+            if group["initial_lr"] != rate:
+                group["initial_lr"], group["lr"] = rate, rate * factor(self.schedule.last_epoch)
 
     def _resume(self, path: Path | None) -> None:
         if path is None:
@@ -322,14 +331,19 @@ class Run:
             if name not in _FREE_OPTIONS
         }
         changed["processes"] = (state["processes"], self.accelerator.num_processes)
+        if self.options.lr_scheduler.startswith("constant"):
+            changed.pop("max_train_steps", None)  # no schedule looks at the end
         for name, (before, now) in changed.items():
             if before != now:
                 logger.warning(
                     "%s was %s and is now %s: the run will not equal an uninterrupted one", name, before, now
                 )
         checkpoint.load_parameters(trainable(self.models.values()), state["trained"])
-        checkpoint.load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), state["optimizer"])
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        rates = [group["initial_lr"] for group in optimizer.param_groups]
+        checkpoint.load_optimizer(optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self._set_rates(optimizer, rates)
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.device)

@@ -198,7 +198,8 @@ class Subject:
 
     def _draw_class(self, count: int, draws: list[torch.Generator]) -> list[Image.Image]:
         settings = {name: value for name, value in self._settings.items() if not name.startswith("negative_")}
-        return self._pipe([self._run.options.class_prompt] * count, generator=draws, **settings).images
+        with self._run.accelerator.autocast():  # the VAE is fp32
+            return self._pipe([self._run.options.class_prompt] * count, generator=draws, **settings).images
 
 
 def free(pipe: Any, names: Iterable[str]) -> None:
