@@ -198,7 +198,8 @@ def vit_variations_table(folder: Path = RESULTS) -> str:
 def _vit_method(method: dict[str, Any]) -> str:
     optional = [name.replace("_", " ") for name in (method["inputs"] or ())[1:]]
     rank = f", r = {method['rank']}" if method["rank"] else ""
-    return f"{VIT_KINDS[method['kind']]}{rank}{', with ' if optional else ''}{' and '.join(optional)}"
+    smaller = f" of r = {method['output_rank']}" if method.get("output_rank") else ""
+    return f"{VIT_KINDS[method['kind']]}{rank}{', with ' if optional else ''}{' and '.join(optional)}{smaller}"
 
 
 def dreambooth_table(folder: Path = RESULTS) -> str:

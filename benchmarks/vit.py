@@ -61,6 +61,7 @@ class Method:
 METHODS = {
     "head": Method("head", rates=HEAD_RATES),
     "lora-r8": Method("lora", 8),
+    "lora-r4": Method("lora", 4),
     "lora-r2": Method("lora", 2),
     "serial-r8": Method("serial", 8),
     "serial-r4+output": Method("serial", 4, OUTPUT),
