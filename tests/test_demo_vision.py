@@ -17,6 +17,8 @@ from slora_diffusers.demo import vision
 from slora_diffusers.demo.glyphs import LETTERS, NEW_STYLES, glyph_images
 from slora_diffusers.demo.run import run_demo
 from slora_diffusers.demo.scenes import backgrounds, compose, fresh_scenes, scenes
+from slora_diffusers.preprocessing import Preprocessing
+from train_scripts.pretrain_demo_vit import PREPARE
 
 STYLE = NEW_STYLES["script"]
 
@@ -70,6 +72,7 @@ def test_the_base_is_a_stock_model_of_two_megabytes_at_most():
     files = [path for path in vision.VIT_BASE.iterdir() if path.is_file()]
     assert {path.name for path in files} >= {"config.json", "model.safetensors", "README.md"}
     assert sum(path.stat().st_size for path in files) <= 2e6
+    assert Preprocessing.of(vision.VIT_BASE) == PREPARE  # what it was pretrained with
 
 
 def test_the_base_tells_letters_apart_that_it_was_not_trained_on():

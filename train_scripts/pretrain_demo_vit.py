@@ -10,6 +10,7 @@ calligraphic or black-letter face. Everything follows from `--seed`.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from slora_diffusers.demo.scenes import compose, scenes
 from slora_diffusers.preprocessing import Preprocessing
 
 PREPARE = Preprocessing((IMAGE_SIZE, IMAGE_SIZE))
+PROCESSOR = {  # the same, as transformers' image processors read it
+    "image_processor_type": "ViTImageProcessor", "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    "image_mean": PREPARE.mean, "image_std": PREPARE.std,
+}  # fmt: skip
 
 
 class Classifier(nn.Module):
@@ -86,6 +91,7 @@ def main() -> None:
             print(f"step {step}/{args.steps} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
     print(f"over a photograph: {accuracy(model.eval(), args.seed):.1f} %")
     model.vit.half().save_pretrained(args.output)
+    (args.output / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
