@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -93,8 +94,9 @@ def _timm_inside(backbone: nn.Module) -> Any:
 
 def _last_norm(backbone: nn.Module) -> nn.Module:
     """The norm that a model applies after its own pooling, where its last features come without."""
-    if _model_type(backbone) == "clip_vision_model":
-        return next(part for name, part in backbone.named_modules() if name.rpartition(".")[2] == "post_layernorm")
+    if _model_type(backbone) == "clip_vision_model":  # in transformers 4 with a vision_model inside
+        inner: Any = getattr(backbone, "vision_model", backbone)
+        return inner.post_layernorm
     if isinstance(getattr(backbone, "norm", None), nn.Identity):  # timm with pooling "avg"
         return getattr(backbone, "fc_norm", nn.Identity())
     return nn.Identity()
@@ -125,20 +127,23 @@ def _run(backbone: nn.Module, pixel_values: Tensor, **arguments: Any) -> Any:
         )
     if "interpolate_pos_encoding" in parameters:
         arguments["interpolate_pos_encoding"] = True  # images of another size than in pretraining
-    config: Any = getattr(backbone, "config", None)
-    ratio = getattr(config, "mask_ratio", None)
-    if ratio is None or "noise" not in parameters:
-        try:
-            return backbone(pixel_values=pixel_values, return_dict=True, **arguments)
-        except ValueError as error:  # of SAM, whose relative positions have one size
-            raise SerialLoraError(f"{type(backbone).__name__} does not take these images: {error}") from error
-    # A masked autoencoder hides and shuffles patches even in eval mode; rising noise leaves all in their order.
-    side = patch_size(backbone) or 1
-    patches = pixel_values[0, 0, ::side, ::side].numel()
-    noise = torch.arange(patches, device=pixel_values.device, dtype=torch.float32).expand(len(pixel_values), -1)
-    config.mask_ratio = 0.0
+    hides = "noise" in parameters and hasattr(backbone.config, "mask_ratio")
+    if hides:  # a masked autoencoder shuffles by noise, in eval mode too; rising noise leaves the order
+        side = patch_size(backbone) or 1
+        patches = torch.arange(pixel_values[0, 0, ::side, ::side].numel(), device=pixel_values.device)
+        arguments["noise"] = patches.float().expand(len(pixel_values), -1)
     try:
-        return backbone(pixel_values=pixel_values, noise=noise, return_dict=True, **arguments)
+        with _nothing_hidden(backbone.config) if hides else nullcontext():
+            return backbone(pixel_values=pixel_values, return_dict=True, **arguments)
+    except ValueError as error:  # of SAM, whose relative positions have one size
+        raise SerialLoraError(f"{type(backbone).__name__} does not take these images: {error}") from error
+
+
+@contextmanager
+def _nothing_hidden(config: Any) -> Iterator[None]:
+    ratio, config.mask_ratio = config.mask_ratio, 0.0
+    try:
+        yield
     finally:
         config.mask_ratio = ratio
 
@@ -146,16 +151,17 @@ def _run(backbone: nn.Module, pixel_values: Tensor, **arguments: Any) -> Any:
 def _split(x: Tensor, image: Tensor, backbone: nn.Module, of_layer: bool = False) -> tuple[Tensor | None, Tensor]:
     """Class token and map of an output: (B, prefix + h w, d), (B, d, h, w) or (B, h, w, d)."""
     height, width = image.shape[-2:]
-    patch = patch_size(backbone)
-    if height % (patch or 1) or width % (patch or 1):
+    known = patch_size(backbone)
+    patch = known or 1
+    if height % patch or width % patch:
         raise SerialLoraError(f"The image, {height} x {width}, must divide into patches of {patch} x {patch} pixels.")
-    grids = [(-(-height // (k * (patch or 1))), -(-width // (k * (patch or 1)))) for k in STRIDES]
+    grids = [(-(-height // (k * patch)), -(-width // (k * patch))) for k in STRIDES]
     if x.ndim == 4:
         first, last = tuple(x.shape[2:]) in grids, tuple(x.shape[1:3]) in grids
         if first or last:
             channels_last = last and (not first or _channels_last(backbone, of_layer))
             return None, x.permute(0, 3, 1, 2) if channels_last else x
-    elif patch is None:
+    elif known is None:
         raise ArchitectureError(f"{type(backbone).__name__} does not tell its patch size, so its tokens are no map.")
     else:
         prefixes = {grids[0]: _prefixes(backbone), **{grid: {0} for grid in grids[1:]}}

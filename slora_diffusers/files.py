@@ -91,9 +91,10 @@ def find_file(source: str | os.PathLike[str], **hub: Any) -> Path:
         if (path / name).is_file():
             return path / name
         there = sorted(p.name for p in path.glob("*.safetensors"))
-        loras = "; a file of LoRA weights loads with load_lora_weights" if any("lora" in name for name in there) else ""
+        loras = "; LoRA weights load with load_lora_weights" if "pytorch_lora_weights.safetensors" in there else ""
         raise AdapterFileError(
-            f"There is no {name} in {path}; its safetensors files are {there}. Name the file with weight_name={loras}."
+            f"There is no {name} in {path}; its safetensors files are {there}. "
+            f"Name the file with weight_name=...{loras}"
         )
     return _download(str(source), name, hub)
 

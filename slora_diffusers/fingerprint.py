@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,16 @@ def same_base(one: str, other: str) -> bool:
         return False
     # bf16 keeps 8 bits: a relative error of 2^-9 each way, and twice that between two roundings.
     return bool(((a - b).abs() <= 2.0**-7 * a.abs() + 1e-6).all())
+
+
+def warn_of_other_base(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], stacklevel: int) -> None:
+    """Warn if what was trained on one base goes into another; each is told by class, name and fingerprint."""
+    if theirs.get("fingerprint") and ours["fingerprint"] and not same_base(theirs["fingerprint"], ours["fingerprint"]):
+        warnings.warn(
+            f"The {what} was trained on {theirs.get('class')} {theirs.get('name') or '(no name)'}, but is loaded into "
+            f"{ours['class']} {ours['name'] or '(no name)'}, whose weights differ: the results will not be the same.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .config import SerialLoraConfig
 from .errors import AdapterFileError, AdapterStateError, ArchitectureError, SerialLoraError
 from .files import WEIGHT_NAME, AdapterTensors, check_finite, check_hub_arguments, read_adapter
-from .fingerprint import same_base
+from .fingerprint import warn_of_other_base
 from .fuse import fuse_serial_lora
 from .inject import add_serial_lora, unload_serial_lora
 from .io import Source, describe_base, load_serial_lora, new_header, serial_lora_state_dict, write_state
@@ -194,7 +194,7 @@ class SerialLoraWithHead(nn.Module):
         if tensors.component_names():
             load_serial_lora(opened, tensors)
         else:
-            _compare_base(opened, base)
+            warn_of_other_base("head", base, _describe(opened), stacklevel=2)
         head.load_state_dict(state)  # last: a decoder is part of the base, and nothing changes if the file does not fit
         opened.requires_grad_(False)
         for trained in (*parameters_of(opened), *head.parameters()):
@@ -221,10 +221,8 @@ def open_backbone(
         SerialLoraError: If there is no such model.
     """
     model = open_model(model_or_id, model_class, **loading)
-    part = (
-        "vision_model" if hasattr(model, "text_model") else "vision_encoder" if hasattr(model, "mask_decoder") else ""
-    )
-    tower: Any = getattr(model, part, None)
+    towers = {"text_model": "vision_model", "mask_decoder": "vision_encoder"}  # what stands beside: CLIP, SAM
+    tower: Any = next((getattr(model, part, None) for beside, part in towers.items() if hasattr(model, beside)), None)
     if not isinstance(tower, nn.Module):
         return model
     config: Any = tower.config
@@ -247,7 +245,8 @@ def open_model(
 
     loading = {"dtype": torch.float32, **loading, "output_loading_info": True}
     try:
-        for opener in (getattr(transformers, model_class or "", transformers.AutoModel), transformers.AutoModel):
+        auto = transformers.AutoModel
+        for opener in dict.fromkeys((getattr(transformers, model_class or "", auto), auto)):
             model, report = opener.from_pretrained(model_or_id, **loading)
             if len(report["missing_keys"]) < len(model.state_dict()):  # a part of a model may not find its weights
                 return model
@@ -278,18 +277,6 @@ def _is_hub_argument(name: str) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _compare_base(backbone: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Warn if a head comes over another base than it was trained on; an adapter's load says so itself."""
-    ours = _describe(backbone)
-    theirs, found = saved.get("fingerprint"), ours["fingerprint"]
-    if theirs and found and not same_base(theirs, found):
-        warnings.warn(
-            f"The head was trained on {saved['class']} ({saved['name'] or 'no name'}), and the weights of this "
-            f"{ours['class']} ({ours['name'] or 'no name'}) are others: the results will not be the same.",
-            stacklevel=3,
-        )
 
 
 def _head_state(head: nn.Module, tensors: AdapterTensors) -> dict[str, Tensor]:

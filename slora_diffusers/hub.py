@@ -158,11 +158,10 @@ def publish(
         commit_message: Its message.
         also: Patterns of further files in the folder.
     """
-    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub import upload_folder
 
     file = Path(file)
-    name = file.parent.resolve().name if repository is True else str(repository)
-    repo_id = create_repo(name, exist_ok=True, private=private, token=token).repo_id
+    repo_id = _repository(file.parent if repository is True else str(repository), token, private)
     write_model_card(file, repo_id, base_model=base_model, prompt=prompt, tags=tags)
     commit = upload_folder(
         repo_id=repo_id,
@@ -250,13 +249,20 @@ def reserve_repository(name: str | Path, token: str | None = None) -> str:
     Raises:
         SerialLoraError: If nobody is logged in, or the Hub cannot be reached.
     """
+    try:
+        return _repository(name, token)
+    except Exception as error:  # it raises of many kinds, its HTTP library's too
+        raise SerialLoraError(f"The Hub gives no repository {_name_on_hub(name)} to push to: {error}") from error
+
+
+def _repository(name: str | Path, token: str | None, private: bool | None = None) -> str:
     from huggingface_hub import create_repo
 
-    try:
-        name = name.resolve().name if isinstance(name, Path) else name
-        return create_repo(name, exist_ok=True, token=token).repo_id
-    except Exception as error:  # it raises of many kinds, its HTTP library's too
-        raise SerialLoraError(f"The Hub gives no repository {name} to push to: {error}") from error
+    return create_repo(_name_on_hub(name), exist_ok=True, private=private, token=token).repo_id
+
+
+def _name_on_hub(name: str | Path) -> str:
+    return name.resolve().name if isinstance(name, Path) else name
 
 
 def check_publishing(push_to_hub: bool | str, options: Mapping[str, Any]) -> None:

@@ -26,11 +26,11 @@ from .files import (
     read_adapter,
     write_adapter,
 )
-from .fingerprint import fingerprint, same_base
+from .fingerprint import fingerprint, warn_of_other_base
 from .fuse import base_weights
 from .hub import check_publishing, publish
 from .inject import add_loaded
-from .registry import Registry, check_known, check_new_name, pairs_of, registry_of
+from .registry import Registry, check_known, check_new_name, matrices_of, pairs_of, registry_of
 from .sites import Slot, find_slots, is_chosen, unwrap
 
 logger = logging.getLogger("diffusers.slora_diffusers")  # a child of diffusers' own: its verbosity holds here too
@@ -148,7 +148,9 @@ def plan_load(
     if not chosen:
         raise AdapterFileError(_misfit_message(model, header, missing, unexpected, list(mismatched.values()), slots))
     _check_capacity(model, registry, chosen)
-    _warn_of_other_base(model, header, list(slots.values()))
+    theirs = header.get("base", {})
+    if theirs.get("fingerprint"):
+        warn_of_other_base("adapter", theirs, describe_base(model, list(slots.values())), stacklevel=4)
     report = LoadReport(
         name,
         len({slot.path for slot, _, _ in chosen}),
@@ -176,11 +178,9 @@ def serial_lora_state_dict(
     check_known(registry, [name])
     component = component or component_name(model)
     tensors: dict[str, Tensor] = {}
-    for key, pair in pairs_of(model).items():
-        if name in pair.scaling:
-            for part, matrix in zip("AB", pair.matrices(name), strict=True):
-                whole = matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix  # sharded by FSDP2
-                tensors[f"{component}.{key}.lora_{part}.weight"] = whole.detach()
+    for key, matrix in matrices_of(model, name).items():
+        whole = matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix  # sharded by FSDP2
+        tensors[f"{component}.{key}"] = whole.detach()
     header = {"config": registry.configs[name].to_dict(), "base": describe_base(model)}
     return AdapterTensors(tensors, new_header({component: header}))
 
@@ -377,16 +377,3 @@ def _check_capacity(model: nn.Module, registry: Registry, chosen: list[tuple[Slo
                 f"The adapter's rank {A.shape[0]} beside {used} of the active adapters exceeds the reserved capacity "
                 f"of {room} at {slot.key}. Set or delete some first, or reserve more before compiling."
             )
-
-
-def _warn_of_other_base(model: nn.Module, header: Mapping[str, Any], slots: Sequence[Slot]) -> None:
-    theirs = header.get("base", {})
-    if not theirs.get("fingerprint"):
-        return
-    ours = describe_base(model, slots)
-    if ours["fingerprint"] and not same_base(theirs["fingerprint"], ours["fingerprint"]):
-        warnings.warn(
-            f"The adapter was trained on {theirs.get('class')} {theirs.get('name') or '(no name)'}, but is loaded into "
-            f"{ours['class']} {ours['name'] or '(no name)'}, whose weights differ: expect other results.",
-            stacklevel=5,
-        )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .calls import CallState
 from .config import SerialLoraConfig, matches
@@ -60,6 +60,16 @@ def pairs_of(model: nn.Module) -> dict[str, SerialLoraPair]:
     """{`<path of the site>.serial_lora.<pair>`: pair} of every pair in the model."""
     found = unwrap(model).named_modules()
     return {name.replace("_orig_mod.", ""): m for name, m in found if isinstance(m, SerialLoraPair)}
+
+
+def matrices_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """{`<path of the site>.serial_lora.<pair>.lora_A.weight`: parameter} of one adapter: its keys in a file."""
+    return {
+        f"{key}.lora_{part}.weight": matrix
+        for key, pair in pairs_of(model).items()
+        if adapter_name in pair.scaling
+        for part, matrix in zip("AB", pair.matrices(adapter_name), strict=True)
+    }
 
 
 def parameters_of(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:

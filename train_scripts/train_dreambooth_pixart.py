@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     pipe = load_pipeline(PIPELINES[name], PixArtTransformer2DModel, options, run.weight_dtype).to(run.device)
     length = options.max_sequence_length or T5_LENGTHS[name]
-    call = {"use_resolution_binning": False, "negative_prompt": None}  # the sizes are chosen here
+    call = {"use_resolution_binning": False}  # the sizes are chosen here
     subject = Subject(run, pipe, items, unseen, lambda text: encode_text(pipe, text, length), length, **call)
     texts = subject.texts
     free(pipe, ["text_encoder"])

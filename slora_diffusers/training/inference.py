@@ -18,7 +18,6 @@ from ..contexts import serial_lora_scale
 from ..errors import SerialLoraError
 from ..files import read_adapter
 from ..heads import open_backbone
-from ..registry import pairs_of
 from .adapters import LORA_WEIGHT_NAME, PeftLora
 from .data import SUFFIXES, read_image
 from .generation import default_device
@@ -58,12 +57,14 @@ def open_model(classes: Sequence[Any], options: argparse.Namespace) -> Any:
     device, dtype = default_device(options.dtype)
     with_lora = all((Path(options.model) / name).is_file() for name in (HEAD_NAME, LORA_WEIGHT_NAME))
     name = {"weight_name": HEAD_NAME} if with_lora else {}
-    saved = read_adapter(options.model, **name).metadata.get("head") or {}
+    tensors = read_adapter(options.model, **name)
+    if (options.fuse or options.scale != 1) and not tensors.component_names():
+        held = "PEFT's LoRA" if with_lora else "none"
+        raise SerialLoraError(f"--fuse and --scale are for Serial LoRA; {options.model} holds {held}.")
+    saved = tensors.metadata.get("head") or {}
     chosen = next((c for c in classes if c.task == saved.get("task")), classes[0])
     base = _with_lora(saved["base"], options) if with_lora else options.base
     model = chosen.from_pretrained(options.model, base, **name).to(device)
-    if (options.fuse or options.scale != 1) and not pairs_of(model):
-        raise SerialLoraError(f"--fuse and --scale are for Serial LoRA, and {options.model} holds none.")
     if options.fuse:
         model.fuse()
     return model.to(dtype)
@@ -71,8 +72,6 @@ def open_model(classes: Sequence[Any], options: argparse.Namespace) -> Any:
 
 def _with_lora(base: dict[str, Any], options: argparse.Namespace) -> nn.Module:
     """The base of what a recipe saved with --adapter lora, with PEFT's LoRA in it."""
-    if options.fuse or options.scale != 1:
-        raise SerialLoraError(f"--fuse and --scale are for Serial LoRA; {options.model} holds PEFT's LoRA.")
     backbone = open_backbone(options.base or base["name"], base["class"])
     PeftLora().load(backbone, Path(options.model) / LORA_WEIGHT_NAME)
     return backbone

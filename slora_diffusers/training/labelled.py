@@ -41,7 +41,7 @@ def image_folder(folder: str | Path, names: Sequence[str] | None = None) -> tupl
     return find_classes(folder, index.get).report().items, given
 
 
-def open_dataset(name: str, split: str, *columns: str) -> Any:
+def open_dataset(name: str, split: str, *columns: str, config: str | None = None) -> Any:
     """One split of a data set of the `datasets` library, from the Hub or a folder that `save_to_disk` wrote.
 
     Raises:
@@ -56,9 +56,9 @@ def open_dataset(name: str, split: str, *columns: str) -> Any:
             opened: Any = datasets.load_from_disk(name)
             opened = opened[split] if isinstance(opened, datasets.DatasetDict) else opened
         else:
-            opened = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, KeyError) as error:
-        raise SerialLoraError(f"the data set {name!r} (split {split!r}) cannot be opened: {error}") from error
+            opened = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise SerialLoraError(f"--dataset_name {name} cannot be opened (split {split!r}): {error}") from error
     if missing := set(columns) - set(opened.column_names):
         raise SerialLoraError(f"the data set has no column {sorted(missing)}; it has {opened.column_names}.")
     return opened

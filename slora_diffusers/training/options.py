@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,7 @@ ELSEWHERE = {
         "prodigy runs as that script sets it by default",
     ),
 }
+_SWITCH = argparse.BooleanOptionalAction
 _NOT_SAVED = frozenset({"config", "hub_token"})
 
 
@@ -168,8 +171,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     for flag in (argument.partition("=")[0] for argument in unknown):
         if flag in ELSEWHERE:
             raise SerialLoraError(f"{flag} of diffusers' script is not here: {ELSEWHERE[flag]}.")
-    if {"0", "1"} & set(unknown) and getattr(options, "precondition_outputs", False):
-        raise SerialLoraError("--precondition_outputs is a switch here, and off unless it is given: without a number.")
+    switches = {flag for a in parser._actions if isinstance(a, _SWITCH) for flag in a.option_strings}
+    for flag, stray in pairwise(sys.argv[1:] if argv is None else argv):
+        if flag in switches and stray in unknown and not stray.startswith("-"):
+            raise SerialLoraError(f"{flag} is a switch here: give it, or its --no- form, without {stray}.")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if getattr(options, "use_8bit_adam", False):
@@ -249,7 +254,7 @@ _Loader.add_implicit_resolver(
 
 def _checked(action: argparse.Action, value: Any, path: Path) -> Any:
     """A file's value as the flag would give it."""
-    if isinstance(action, argparse.BooleanOptionalAction):
+    if isinstance(action, _SWITCH):
         if isinstance(value, bool):
             return value
         raise SerialLoraError(f"--config {path}: {action.dest} must be true or false; got {value!r}.")

@@ -91,8 +91,6 @@ class Run:
             assert plugin is not None
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.train_batch_size
         self.start = 0
-        if options.max_train_steps is None and options.num_train_epochs is None:
-            options.max_train_steps = 500
 
     @property
     def _deepspeed(self) -> bool:
@@ -104,9 +102,11 @@ class Run:
         return self.options.train_batch_size * self.accelerator.num_processes
 
     def count_steps(self, rows: int) -> None:
-        """Turn --num_train_epochs, of `rows` micro-batches each, into --max_train_steps, unless that is given."""
+        """Set --max_train_steps, unless it is given: --num_train_epochs of `rows` micro-batches each, or 500."""
         options = self.options
-        if options.max_train_steps is None:
+        if options.max_train_steps is None and options.num_train_epochs is None:
+            options.max_train_steps = 500
+        elif options.max_train_steps is None:
             options.max_train_steps = -(-rows * options.num_train_epochs // options.gradient_accumulation_steps)
 
     def attach(self, model: nn.Module) -> None:

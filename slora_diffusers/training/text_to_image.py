@@ -17,6 +17,7 @@ from ..errors import SerialLoraError
 from .batches import Batch, bucket_shapes
 from .cache import TensorCache, Tensors, cache_texts, key_of, model_key, vae_factor
 from .data import SUFFIXES, Item, find_images, from_dataset
+from .labelled import open_dataset
 from .options import Group, switch, value
 from .randomness import generator
 from .run import Run
@@ -56,7 +57,7 @@ def find_instances(options: argparse.Namespace) -> tuple[list[Item], list[Item]]
     if options.instance_data_dir is not None:
         items = find_images(options.instance_data_dir, prompt=options.instance_prompt).report().items
     else:
-        dataset = _load_dataset(options.dataset_name, options.dataset_config_name)
+        dataset = open_dataset(options.dataset_name, "train", config=options.dataset_config_name)
         columns = (options.image_column, options.caption_column, options.instance_prompt)
         items = from_dataset(dataset, *columns).report().items
     unseen = items
@@ -191,15 +192,15 @@ class Subject:
         return self._pipe(
             **positive,
             **{f"negative_{name}": tensor for name, tensor in negative.items()},
+            negative_prompt=None,  # PixArt's is "" by default, and goes with prompts only
             guidance_scale=options.validation_guidance_scale,
             generator=sample_generators(options.seed, count),
             **self._settings,
         ).images
 
     def _draw_class(self, count: int, draws: list[torch.Generator]) -> list[Image.Image]:
-        settings = {name: value for name, value in self._settings.items() if not name.startswith("negative_")}
         with self._run.accelerator.autocast():  # the VAE is fp32
-            return self._pipe([self._run.options.class_prompt] * count, generator=draws, **settings).images
+            return self._pipe([self._run.options.class_prompt] * count, generator=draws, **self._settings).images
 
 
 def free(pipe: Any, names: Iterable[str]) -> None:
@@ -220,18 +221,3 @@ class _Always(dict[str, str]):
 
     def __missing__(self, name: str) -> str:
         return self._caption
-
-
-def _load_dataset(name: str, config: str | None) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise SerialLoraError("--dataset_name needs the package datasets: pip install datasets.") from error
-    if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
-        loaded = datasets.load_from_disk(name)
-    else:
-        try:
-            loaded = datasets.load_dataset(name, config)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise SerialLoraError(f"--dataset_name {name} cannot be opened: {error}") from error
-    return loaded["train"] if isinstance(loaded, dict) else loaded

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from ..files import read_adapter
 from ..io import component_name, save_serial_lora, the_adapter
-from ..registry import pairs_of, registry_of
+from ..registry import matrices_of, registry_of
 from .checkpoint import load_parameters
 
 
@@ -55,15 +55,7 @@ class SerialLoraCallback(TrainerCallback):
         name = self.adapter_name or the_adapter(registry_of(model))
         prefix = f"{component_name(model)}."
         saved = {key.removeprefix(prefix): tensor for key, tensor in read_adapter(folder).items()}
-        load_parameters(
-            [
-                (f"{key}.lora_{part}.weight", matrix)
-                for key, pair in pairs_of(model).items()
-                if name in pair.scaling
-                for part, matrix in zip("AB", pair.matrices(name), strict=True)
-            ],
-            saved,
-        )
+        load_parameters(list(matrices_of(model, name).items()), saved)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
