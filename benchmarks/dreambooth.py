@@ -32,8 +32,8 @@ from safetensors import safe_open
 from skimage import data
 
 from benchmarks.harness import RESULTS, machine, write_results
-from slora_diffusers.training.data import find_images, to_pixels
-from tests.tiny_pipelines import tiny_pixart_pipeline, tiny_sd3_pipeline
+from slora_diffusers.training.data.images import find_images, to_pixels
+from tests.tiny.pipelines import tiny_pixart_pipeline, tiny_sd3_pipeline
 
 ROOT = Path(__file__).parents[1]
 FAMILIAR = {"astronaut": "an astronaut", "coffee": "a cup of coffee", "rocket": "a rocket"}

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.harness import RESULTS, machine, write_results
 from benchmarks.tracing import saved_bytes
 from slora_diffusers import SerialLoraConfig, SerialLoraError
-from slora_diffusers.training.adapters import ADAPTERS
+from slora_diffusers.training.methods import ADAPTERS
 from slora_diffusers.training.optim import make_optimizer, parameter_groups
 from slora_diffusers.training.precision import trainable
 

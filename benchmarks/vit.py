@@ -28,8 +28,8 @@ from benchmarks.harness import RESULTS, machine, write_results
 from benchmarks.vit_tasks import Split, Task, classification, segmentation
 from slora_diffusers import SerialLoraConfig
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.preprocessing import Preprocessing
-from slora_diffusers.training.adapters import PeftLora
+from slora_diffusers.heads.preprocessing import Preprocessing
+from slora_diffusers.training.methods import PeftLora
 from slora_diffusers.training.optim import parameter_groups
 from slora_diffusers.training.precision import trainable
 from slora_diffusers.training.randomness import generator

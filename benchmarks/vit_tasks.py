@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slora_diffusers.preprocessing import Preprocessing
-from slora_diffusers.training.few_shot import k_shot
+from slora_diffusers.heads.classification import SerialLoraForImageClassification
+from slora_diffusers.heads.preprocessing import Preprocessing
+from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation
+from slora_diffusers.training.data.few_shot import k_shot
 from slora_diffusers.training.randomness import generator
-from slora_diffusers.training.scores import Overlap, confusion_matrix
-from slora_diffusers.vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
+from slora_diffusers.training.vision.scores import Overlap, confusion_matrix
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import report
 from slora_diffusers import SerialLoraConfig, add_serial_lora, unload_serial_lora
-from slora_diffusers.architectures import REFUSED, Architecture, Pair
-from slora_diffusers.inject import AddReport
+from slora_diffusers.adapters.attach import AddReport
 from slora_diffusers.records import audio, image, video, vision
+from slora_diffusers.records.registry import REFUSED, Architecture, Pair
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {

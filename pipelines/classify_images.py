@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from slora_diffusers.errors import SerialLoraError, run_script
-from slora_diffusers.prompts import SerialLoraForPromptClassification
-from slora_diffusers.training.inference import image_files, make_parser, open_model, predictions
-from slora_diffusers.vision import SerialLoraForImageClassification
+from slora_diffusers.heads.classification import SerialLoraForImageClassification
+from slora_diffusers.heads.prompts import SerialLoraForPromptClassification
+from slora_diffusers.recipes.inference import image_files, make_parser, open_model, predictions
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:

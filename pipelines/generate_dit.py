@@ -15,8 +15,8 @@ from diffusers import DiTPipeline
 
 import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
 from slora_diffusers.errors import run_script
-from slora_diffusers.training.generation import adapted, add_adapter_options, default_device, save_grid
-from slora_diffusers.training.validation import sample_generators
+from slora_diffusers.recipes.generation import adapted, add_adapter_options, default_device, save_grid
+from slora_diffusers.training.diffusion.validation import sample_generators
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

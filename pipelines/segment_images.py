@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from slora_diffusers.errors import SerialLoraError, run_script
-from slora_diffusers.training.inference import image_files, make_parser, open_model, predictions
-from slora_diffusers.training.pictures import overlay
-from slora_diffusers.vision import SerialLoraForSemanticSegmentation
+from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation
+from slora_diffusers.recipes.inference import image_files, make_parser, open_model, predictions
+from slora_diffusers.training.vision.pictures import overlay
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:

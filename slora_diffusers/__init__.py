@@ -5,28 +5,30 @@ Source: Zhong et al., Serial Low-rank Adaptation of Vision Transformer, ICME 202
 
 from diffusers import DiffusionPipeline as _DiffusionPipeline
 
-from .architectures import Architecture, Pair, register_architecture
-from .config import SerialLoraConfig
-from .contexts import disable_serial_lora, serial_lora_batch, serial_lora_scale
-from .convert import compress_lora, export_lora, merge_serial_lora
-from .errors import AdapterFileError, AdapterStateError, ArchitectureError, SerialLoraError
-from .fuse import fuse_serial_lora, unfuse_serial_lora
-from .inject import (
+from .adapters.attach import (
     add_serial_lora,
     delete_serial_lora,
     reserve_serial_lora,
     set_serial_lora,
     unload_serial_lora,
 )
-from .io import library_version as _library_version
-from .io import load_serial_lora, save_serial_lora, serial_lora_state_dict
+from .adapters.contexts import disable_serial_lora, serial_lora_batch, serial_lora_scale
+from .adapters.fuse import fuse_serial_lora, unfuse_serial_lora
+from .adapters.status import SerialLoraStatus, serial_lora_parameters, serial_lora_status
+from .config import SerialLoraConfig
+from .convert import compress_lora, export_lora, merge_serial_lora
+from .core.hooks import SerialLoraAttnProcessor
+from .errors import AdapterFileError, AdapterStateError, ArchitectureError, SerialLoraError
+from .files.load import load_serial_lora
+from .files.save import library_version as _library_version
+from .files.save import save_serial_lora, serial_lora_state_dict
+from .heads.classification import SerialLoraForImageClassification
+from .heads.promptable import SerialLoraForPromptableSegmentation
+from .heads.prompts import SerialLoraForPromptClassification
+from .heads.segmentation import SerialLoraForSemanticSegmentation
 from .loader import SerialLoraLoaderMixin
 from .loader import install as _install
-from .processors import SerialLoraAttnProcessor
-from .promptable import SerialLoraForPromptableSegmentation
-from .prompts import SerialLoraForPromptClassification
-from .status import SerialLoraStatus, serial_lora_parameters, serial_lora_status
-from .vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
+from .records.registry import Architecture, Pair, register_architecture
 
 __version__ = _library_version()
 

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .core.pair import check_init
 from .errors import SerialLoraError
-
-INITS = ("kaiming", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ class SerialLoraConfig:
                 raise SerialLoraError(f"alpha must be a finite number or None; got {alpha!r} for {name!r}.")
         if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             raise SerialLoraError(f"dropout must lie in [0, 1); got {self.dropout!r}.")
-        if self.init not in INITS:
-            raise SerialLoraError(f"init must be one of {', '.join(INITS)}; got {self.init!r}.")
+        check_init(self.init)
         for name, kind in {"inputs": str, "targets": str, "exclude": str, "layers": int}.items():
             values = _as_tuple(getattr(self, name))
             if not all(isinstance(value, kind) for value in values or ()):

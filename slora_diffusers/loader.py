@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import contexts, fuse, inject, io
+from .adapters import attach, contexts, fuse
+from .adapters.status import SerialLoraStatus, serial_lora_status
 from .config import SerialLoraConfig
 from .convert import ExportReport, export_lora
+from .core.sites import unwrap
+from .core.state import Weights, check_active, names_with_weights, registry_of
 from .errors import AdapterFileError, AdapterStateError
-from .files import WEIGHT_NAME, AdapterTensors, check_hub_arguments, read_adapter
-from .hub import check_publishing, publish
-from .registry import Weights, check_active, names_with_weights, registry_of
-from .sites import unwrap
-from .status import SerialLoraStatus, serial_lora_status
+from .files import load, save
+from .files.format import WEIGHT_NAME, AdapterTensors, check_hub_arguments, read_adapter
+from .files.hub import check_publishing, publish
 
 
 class SerialLoraLoaderMixin:
@@ -29,20 +30,20 @@ class SerialLoraLoaderMixin:
 
     def load_serial_lora(
         self,
-        source: io.Source,
+        source: load.Source,
         adapter_name: str | None = None,
         weight: float = 1.0,
         strict: bool = True,
         config: SerialLoraConfig | None = None,
         **hub: Any,
-    ) -> dict[str, io.LoadReport]:
+    ) -> dict[str, load.LoadReport]:
         """Load an adapter into the components it was made for, all or none; see `load_serial_lora` of a model.
 
         Returns:
             {component: report}.
         """
         check_hub_arguments(hub)
-        io.check_weight(weight)
+        load.check_weight(weight)
         tensors = read_adapter(source, **hub)
         modules = _modules(self)
         names = tensors.component_names()
@@ -60,7 +61,7 @@ class SerialLoraLoaderMixin:
             )
         if adapter_name is None:
             adapter_name = _free_name(self)
-        plans = [io.plan_load(modules[name], tensors, name, adapter_name, strict, config) for name in known]
+        plans = [load.plan_load(modules[name], tensors, name, adapter_name, strict, config) for name in known]
         tensors.warn_of_rest(known)
         return {name: plan.apply(weight) for name, plan in zip(known, plans, strict=True)}
 
@@ -79,7 +80,7 @@ class SerialLoraLoaderMixin:
         adapted = _adapted(self)
         name = adapter_name or _the_adapter(adapted)
         parts = {
-            component: io.serial_lora_state_dict(model, name, component)
+            component: save.serial_lora_state_dict(model, name, component)
             for component, model in adapted.items()
             if name in registry_of(model).configs
         }
@@ -87,8 +88,8 @@ class SerialLoraLoaderMixin:
             raise AdapterStateError(f"Unknown adapter {name!r}; the pipeline has {_adapter_names(adapted)}.")
         tensors = {key: tensor for part in parts.values() for key, tensor in part.items()}
         headers = {component: part.metadata["components"][component] for component, part in parts.items()}
-        state = AdapterTensors(tensors, io.new_header(headers))
-        path = io.write_state(state, save_directory, weight_name, dtype, is_main_process)
+        state = AdapterTensors(tensors, save.new_header(headers))
+        path = save.write_state(state, save_directory, weight_name, dtype, is_main_process)
         if push_to_hub and is_main_process:
             publish(path, push_to_hub, **hub)
         return path
@@ -107,7 +108,7 @@ class SerialLoraLoaderMixin:
         for component, model in adapted.items():
             check_active(model, each[component])
         for component, model in adapted.items():
-            inject.activate(model, each[component])
+            attach.activate(model, each[component])
 
     def delete_serial_lora(self, adapter_names: str | Sequence[str]) -> None:
         """Remove adapters from every component that has them."""
@@ -116,12 +117,12 @@ class SerialLoraLoaderMixin:
         _check_known(adapted, names)
         for model in adapted.values():
             if held := [name for name in names if name in registry_of(model).configs]:
-                inject.delete_serial_lora(model, held)
+                attach.delete_serial_lora(model, held)
 
     def unload_serial_lora(self) -> None:
         """Remove every adapter and trace; weights that are fused stay fused."""
         for model in _adapted(self, required=False).values():
-            inject.unload_serial_lora(model)
+            attach.unload_serial_lora(model)
 
     def fuse_serial_lora(self, adapter_names: str | Sequence[str] | None = None, scale: float = 1.0) -> None:
         """Merge adapters into the weights of every component that has them, all or none."""
@@ -170,7 +171,7 @@ class SerialLoraLoaderMixin:
         if not modules:
             raise AdapterStateError(f"{type(self).__name__} has no transformer to reserve capacity in.")
         for model in modules.values():
-            inject.reserve_serial_lora(model, capacity, inputs)
+            attach.reserve_serial_lora(model, capacity, inputs)
 
     def serial_lora_scale(self, scale: float) -> AbstractContextManager[None]:
         """Scale every active adapter inside a `with` block."""

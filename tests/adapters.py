@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import slora_diffusers as sl
-from tests.tiny_models import TinyModel, flat_tensors
+from tests.tiny.models import TinyModel, flat_tensors
 
 
 def add_random_adapter(

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from slora_diffusers import SerialLoraConfig, add_serial_lora, save_serial_lora
 from slora_diffusers.training.checkpoint import gathered, load_optimizer, load_parameters
 from slora_diffusers.training.precision import trainable
-from tests.tiny_pipelines import tiny_sd3_pipeline
+from tests.tiny.pipelines import tiny_sd3_pipeline
 
 
 def sharded(world):

@@ -20,7 +20,7 @@ from slora_diffusers import (
     register_architecture,
     serial_lora_parameters,
 )
-from slora_diffusers.architectures import ARCHITECTURES
+from slora_diffusers.records.registry import ARCHITECTURES
 
 PAIR = Pair(("hidden_states",), ("to_q",))
 CONFIG = SerialLoraConfig(rank=2)
@@ -37,8 +37,8 @@ BASIC = {
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Architecture]:
     """The table of records, as it was again after the test."""
     table = dict(ARCHITECTURES)
-    monkeypatch.setattr("slora_diffusers.architectures.ARCHITECTURES", table)
-    monkeypatch.setattr("slora_diffusers.sites.ARCHITECTURES", table)
+    monkeypatch.setattr("slora_diffusers.records.registry.ARCHITECTURES", table)
+    monkeypatch.setattr("slora_diffusers.core.sites.ARCHITECTURES", table)
     return table
 
 

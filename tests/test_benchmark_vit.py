@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import vit, vit_tasks
 from slora_diffusers.errors import SerialLoraError
-from tests.tiny_vision import VISION
+from tests.tiny.vision import VISION
 
 METHODS = ["head", "lora-r2", "serial-r8", "serial-r4+output", "full"]
 

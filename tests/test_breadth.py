@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slora_diffusers import SerialLoraConfig, fuse_serial_lora, load_serial_lora, unfuse_serial_lora
-from slora_diffusers.architectures import ARCHITECTURES, REFUSED, Architecture, Pair
 from slora_diffusers.convert import export_lora
-from tests.tiny_models import TINY, transformer_classes
+from slora_diffusers.records.registry import ARCHITECTURES, REFUSED, Architecture, Pair
+from tests.tiny.models import TINY, transformer_classes
 
 RANK, SCALE = 3, 0.7
 CONFIG = SerialLoraConfig(rank=RANK, alpha=RANK * SCALE)

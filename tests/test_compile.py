@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 import slora_diffusers as sl
 from tests.adapters import add_random_adapter, output_of
 from tests.test_lifecycle import FAMILIES
-from tests.tiny_models import TINY
+from tests.tiny.models import TINY
 
 
 @pytest.fixture(autouse=True)

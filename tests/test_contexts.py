@@ -12,8 +12,8 @@ import torch
 import slora_diffusers as sl
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.test_lifecycle import FAMILIES, loaded
-from tests.tiny_models import TINY
-from tests.tiny_pipelines import tiny_sd3_pipeline
+from tests.tiny.models import TINY
+from tests.tiny.pipelines import tiny_sd3_pipeline
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -17,7 +17,7 @@ from slora_diffusers.demo import vision
 from slora_diffusers.demo.glyphs import LETTERS, NEW_STYLES, glyph_images
 from slora_diffusers.demo.run import run_demo
 from slora_diffusers.demo.scenes import backgrounds, compose, fresh_scenes, scenes
-from slora_diffusers.preprocessing import Preprocessing
+from slora_diffusers.heads.preprocessing import Preprocessing
 from train_scripts.pretrain_demo_vit import PREPARE
 
 STYLE = NEW_STYLES["script"]

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import slora_diffusers as sl
 from tests.adapters import add_random_adapter, output_of
-from tests.tiny_models import TINY
-from tests.tiny_pipelines import tiny_dit_pipeline, tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
-from tests.tiny_vision import VISION
+from tests.tiny.models import TINY
+from tests.tiny.pipelines import tiny_dit_pipeline, tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
+from tests.tiny.vision import VISION
 
 TOLERANCE = 1e-5
 EVERYTHING = ["hidden_states", "encoder_hidden_states", "attention_output", "encoder_attention_output", "feed_forward"]

@@ -9,12 +9,12 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from safetensors.torch import load_file
 
 import slora_diffusers as sl
-from slora_diffusers.convert.formats import Target, as_kohya
+from slora_diffusers.convert.layouts.names import kohya_names, linears_of
+from slora_diffusers.convert.layouts.write import Target, as_kohya
 from slora_diffusers.convert.lowrank import LowRank
-from slora_diffusers.convert.names import kohya_names, linears_of
 from tests.adapters import add_random_adapter
 from tests.test_export import EVERYTHING, TEXT, TOLERANCE, deltas, flux_image
-from tests.tiny_pipelines import tiny_dit_pipeline, tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
+from tests.tiny.pipelines import tiny_dit_pipeline, tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
 
 
 class TestKohya:

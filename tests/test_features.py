@@ -13,10 +13,10 @@ from transformers.models.timm_wrapper import modeling_timm_wrapper
 
 from slora_diffusers import SerialLoraConfig, SerialLoraError, add_serial_lora
 from slora_diffusers.errors import ArchitectureError
-from slora_diffusers.features import last_features, layer_features, patch_size
-from slora_diffusers.preprocessing import IMAGENET_MEAN, Preprocessing
-from slora_diffusers.vision import SerialLoraForSemanticSegmentation
-from tests.tiny_vision import SIZE, VISION, timm
+from slora_diffusers.heads.backbones import last_features, layer_features, patch_size
+from slora_diffusers.heads.preprocessing import IMAGENET_MEAN, Preprocessing
+from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation
+from tests.tiny.vision import SIZE, VISION, timm
 
 BACKBONES = [
     *("ViTModel", "Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel", "CLIPVisionModel", "SiglipVisionModel"),

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import slora_diffusers as sl
-from slora_diffusers.files import AdapterTensors, find_file, read_adapter, write_adapter
+from slora_diffusers.files.format import AdapterTensors, find_file, read_adapter, write_adapter
 from tests.adapters import add_random_adapter
 from tests.reference import FAMILIES, places, width
-from tests.tiny_models import TINY
+from tests.tiny.models import TINY
 
 KEY = "transformer.transformer_blocks.0.attn1.serial_lora.hidden_states.lora_A.weight"
 NAME = "serial_lora_weights.safetensors"
@@ -224,7 +224,7 @@ HUB = {
 @pytest.mark.parametrize("arguments", [{}, HUB, {**HUB, "weight_name": "other.safetensors"}])
 @pytest.mark.parametrize("of", ["model", "pipeline"])
 def test_a_hub_id_is_downloaded_with_every_argument(saved, monkeypatch, arguments, of, tmp_path):
-    from tests.tiny_pipelines import tiny_dit_pipeline
+    from tests.tiny.pipelines import tiny_dit_pipeline
 
     path, _ = saved
     pipe = tiny_dit_pipeline()

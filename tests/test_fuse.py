@@ -10,11 +10,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import slora_diffusers as sl
-from slora_diffusers.processors import SerialLoraAttnProcessor
+from slora_diffusers.core.hooks import SerialLoraAttnProcessor
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.ops import count_ops
 from tests.reference import FAMILIES, fuse_by_hand, output64, pair_names, places, terms_of, wrap
-from tests.tiny_models import TINY
+from tests.tiny.models import TINY
 
 SCALE = 6 / 4  # of add_random_adapter's alpha and rank
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -27,16 +27,13 @@ from slora_diffusers import (
     unload_serial_lora,
 )
 from slora_diffusers.errors import AdapterFileError, AdapterStateError
-from slora_diffusers.preprocessing import Preprocessing
-from slora_diffusers.promptable import SerialLoraForPromptableSegmentation
-from slora_diffusers.vision import (
-    SerialLoraForImageClassification,
-    SerialLoraForSemanticSegmentation,
-    pixel_cross_entropy,
-)
+from slora_diffusers.heads.classification import SerialLoraForImageClassification
+from slora_diffusers.heads.preprocessing import Preprocessing
+from slora_diffusers.heads.promptable import SerialLoraForPromptableSegmentation
+from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation, pixel_cross_entropy
 from tests.test_vision import CONFIG, PREPARE, classifier, pixels, shaken
 from tests.test_vision_promptable import MODELS, make
-from tests.tiny_vision import SIZE, VISION
+from tests.tiny.vision import SIZE, VISION
 
 
 def rewrite(path, change) -> None:

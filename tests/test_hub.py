@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import slora_diffusers as sl
-from slora_diffusers.hub import write_model_card
+from slora_diffusers.files.hub import write_model_card
 from tests.adapters import add_random_adapter
-from tests.tiny_pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
-from tests.tiny_vision import VISION
+from tests.tiny.pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
+from tests.tiny.vision import VISION
 
 
 def blocks(card):

@@ -12,13 +12,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 import slora_diffusers as sl
-from slora_diffusers.calls import CallState
-from slora_diffusers.layer import SerialLoraPair
-from slora_diffusers.processors import SerialLoraAttnProcessor, attach
+from slora_diffusers.core.calls import CallState
+from slora_diffusers.core.hooks import SerialLoraAttnProcessor, attach
+from slora_diffusers.core.layer import SerialLoraPair
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.ops import count_casts, count_ops
 from tests.reference import FAMILIES, OPTIONAL, output64, pair_names, places, terms_of, width, wrap
-from tests.tiny_models import TINY
+from tests.tiny.models import TINY
 
 SCALE = 6 / 4  # of add_random_adapter's alpha and rank
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slora_diffusers as sl
-from slora_diffusers.files import AdapterTensors
+from slora_diffusers.files.format import AdapterTensors
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.reference import FAMILIES, output64, terms_of, wrap
-from tests.tiny_models import TINY
+from tests.tiny.models import TINY
 
 DIT = "DiTTransformer2DModel"
 SITE = "transformer.transformer_blocks.1.attn1.serial_lora.hidden_states"

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slora_diffusers.calls import CallState
+from slora_diffusers.core.calls import CallState
+from slora_diffusers.core.layer import SerialLoraPair
+from slora_diffusers.core.pair import new_matrices
 from slora_diffusers.errors import AdapterStateError
-from slora_diffusers.layer import SerialLoraPair, new_matrices
 from tests.ops import count_casts, count_ops
 
 D = 24

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import slora_diffusers as sl
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.ops import count_ops
-from tests.tiny_models import TINY
-from tests.tiny_pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
+from tests.tiny.models import TINY
+from tests.tiny.pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
 
 FAMILIES = ["DiTTransformer2DModel", "SD3Transformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel"]
 

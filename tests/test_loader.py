@@ -17,10 +17,10 @@ from diffusers import DiffusionPipeline, DiTPipeline
 from safetensors.torch import load_file
 
 import slora_diffusers as sl
-from slora_diffusers.files import AdapterTensors
+from slora_diffusers.files.format import AdapterTensors
 from slora_diffusers.loader import VERBS, install
 from tests.adapters import add_random_adapter, traces
-from tests.tiny_pipelines import tiny_dit_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
+from tests.tiny.pipelines import tiny_dit_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
 
 TEXT = {"prompt": "a photo of a cat", "height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.0}
 CALLS = {

@@ -8,8 +8,8 @@ import torch
 import slora_diffusers as sl
 from slora_diffusers.convert.merge import merge_states, scaled_pairs
 from tests.adapters import add_random_adapter, output_of
-from tests.tiny_models import TINY
-from tests.tiny_pipelines import tiny_sd3_pipeline
+from tests.tiny.models import TINY
+from tests.tiny.pipelines import tiny_sd3_pipeline
 
 SD3 = TINY["SD3Transformer2DModel"]
 

@@ -12,7 +12,7 @@ from diffusers.hooks import apply_group_offloading
 
 import slora_diffusers as sl
 from tests.adapters import add_random_adapter, output_of
-from tests.tiny_models import TINY
+from tests.tiny.models import TINY
 
 CPU = torch.device("cpu")
 NAME = "SD3Transformer2DModel"

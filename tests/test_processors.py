@@ -12,7 +12,7 @@ from diffusers.models import attention_processor as ap
 
 import slora_diffusers as sl
 from tests.adapters import add_random_adapter, output_of
-from tests.tiny_models import TINY
+from tests.tiny.models import TINY
 
 # As SD3-medium is. diffusers' own fused processor runs neither SD3.5's second attention nor its query and key norms.
 SD3_MEDIUM = dataclasses.replace(

@@ -8,7 +8,7 @@ from torch import nn
 
 import slora_diffusers as sl
 from tests.adapters import add_random_adapter, output_of
-from tests.tiny_models import TINY
+from tests.tiny.models import TINY
 
 TINY_SD3 = TINY["SD3Transformer2DModel"]
 

@@ -8,11 +8,11 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 import slora_diffusers as sl
-from slora_diffusers.architectures import ARCHITECTURES
-from slora_diffusers.sites import find_slots, select_slots, unwrap
+from slora_diffusers.core.sites import find_slots, select_slots, unwrap
+from slora_diffusers.records.registry import ARCHITECTURES
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.reference import FAMILIES, OPTIONAL, places, width
-from tests.tiny_models import TINY
+from tests.tiny.models import TINY
 
 
 @pytest.mark.parametrize("name", FAMILIES)

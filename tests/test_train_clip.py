@@ -13,10 +13,10 @@ from transformers import CLIPConfig, CLIPModel
 
 from pipelines import classify_images
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.files import WEIGHT_NAME
-from slora_diffusers.prompts import SerialLoraForPromptClassification
-from tests.tiny_pipelines import CORPUS, clip_tokenizer_on
-from tests.tiny_vision import SIZE
+from slora_diffusers.files.format import WEIGHT_NAME
+from slora_diffusers.heads.prompts import SerialLoraForPromptClassification
+from tests.tiny.pipelines import CORPUS, clip_tokenizer_on
+from tests.tiny.vision import SIZE
 from tests.vision_recipes import QUIET, losses
 from train_scripts import train_clip
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from pipelines.generate_dit import main as generate
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.training import fit
 from slora_diffusers.training.checkpoint import STATE_NAME, checkpoints
+from slora_diffusers.training.diffusion import fit
 from slora_diffusers.training.loop import DivergedError
 from slora_diffusers.training.run import Run
-from tests.tiny_pipelines import tiny_dit_pipeline
+from tests.tiny.pipelines import tiny_dit_pipeline
 from train_scripts import train_dit
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

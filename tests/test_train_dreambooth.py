@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from pipelines.generate_text_to_image import main as generate
 from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.training import preflight
-from slora_diffusers.training.objectives import Diffusion, RectifiedFlow
-from tests.tiny_pipelines import tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
+from slora_diffusers.training.diffusion.objectives import Diffusion, RectifiedFlow
+from tests.tiny.pipelines import tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
 from train_scripts import train_dreambooth_flux, train_dreambooth_pixart, train_dreambooth_sd3
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 from pipelines import classify_images, segment_images
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.files import WEIGHT_NAME
-from slora_diffusers.training import vision
+from slora_diffusers.files.format import WEIGHT_NAME
+from slora_diffusers.heads.classification import SerialLoraForImageClassification
+from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation
 from slora_diffusers.training.checkpoint import STATE_NAME
-from slora_diffusers.training.labelled import Fetch
-from slora_diffusers.vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
-from tests.tiny_vision import SIZE, VISION
+from slora_diffusers.training.data.labelled import Fetch
+from slora_diffusers.training.vision import recipe as vision
+from tests.tiny.vision import SIZE, VISION
 from tests.vision_recipes import QUIET, classify, losses, segment
 from train_scripts import train_vit_classification
 

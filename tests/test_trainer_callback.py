@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from slora_diffusers import AdapterStateError, SerialLoraConfig, SerialLoraError, add_serial_lora, load_serial_lora
 from slora_diffusers.training.trainer_callback import SerialLoraCallback
-from tests.tiny_vision import SIZE, VISION
+from tests.tiny.vision import SIZE, VISION
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.training.batches import Batches, Rows, bucket_shapes
-from slora_diffusers.training.cache import (
+from slora_diffusers.training.data.batches import Batches, Rows, bucket_shapes
+from slora_diffusers.training.data.cache import (
     Latents,
     PixelReader,
     TensorCache,
@@ -20,8 +20,8 @@ from slora_diffusers.training.cache import (
     model_key,
     sample_latents,
 )
-from slora_diffusers.training.data import find_classes, find_images, from_dataset, read_image, to_pixels
-from tests.tiny_pipelines import tiny_vae
+from slora_diffusers.training.data.images import find_classes, find_images, from_dataset, read_image, to_pixels
+from tests.tiny.pipelines import tiny_vae
 
 CAPTIONS = ["a red cat", "a green cat", "a blue cat"]
 

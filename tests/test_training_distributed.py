@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.tiny_pipelines import tiny_dit_pipeline
+from tests.tiny.pipelines import tiny_dit_pipeline
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "serial_lora_weights.safetensors"

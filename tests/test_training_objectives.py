@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.training.objectives import Diffusion, RectifiedFlow, objective_for, prior_preservation
+from slora_diffusers.training.diffusion.objectives import Diffusion, RectifiedFlow, objective_for, prior_preservation
 from slora_diffusers.training.randomness import generator, generators
 
 B, C, H = 5, 4, 6

@@ -13,7 +13,7 @@ from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.training import checkpoint, preflight
 from slora_diffusers.training.checkpoint import STATE_NAME, find_checkpoint, read_checkpoint, write_checkpoint
 from slora_diffusers.training.run import Run
-from tests.tiny_pipelines import tiny_dit_pipeline
+from tests.tiny.pipelines import tiny_dit_pipeline
 from train_scripts import train_dit
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -94,8 +94,8 @@ def test_full_fine_tuning_saves_a_transformer_that_stock_diffusers_loads(base, t
 
 def test_pefts_lora_is_saved_as_diffusers_reads_it(tmp_path):
     from slora_diffusers import SerialLoraConfig
-    from slora_diffusers.training.adapters import ADAPTERS
-    from tests.tiny_pipelines import tiny_sd3_pipeline
+    from slora_diffusers.training.methods import ADAPTERS
+    from tests.tiny.pipelines import tiny_sd3_pipeline
 
     pipe, fresh = tiny_sd3_pipeline(), tiny_sd3_pipeline()
     ADAPTERS["lora"].attach(pipe.transformer, SerialLoraConfig(rank=4, alpha=8))

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.preprocessing import upright_rgb
+from slora_diffusers.heads.preprocessing import upright_rgb
 from slora_diffusers.training.checkpoint import checkpoints
-from slora_diffusers.training.data import find_images
+from slora_diffusers.training.data.images import find_images
 from slora_diffusers.training.optim import make_optimizer
-from tests.tiny_pipelines import tiny_pixart_pipeline, tiny_sd3_pipeline
+from tests.tiny.pipelines import tiny_pixart_pipeline, tiny_sd3_pipeline
 from train_scripts import train_dreambooth_sd3
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

@@ -15,13 +15,20 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
 
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.preprocessing import Preprocessing
-from slora_diffusers.training.data import Item
-from slora_diffusers.training.few_shot import k_shot
-from slora_diffusers.training.labelled import Fetch, hold_out, hub_dataset, image_folder, random_box
-from slora_diffusers.training.masks import class_names, mask_dataset, mask_folder, mask_of, read_label_map, read_mask
+from slora_diffusers.heads.preprocessing import Preprocessing
+from slora_diffusers.training.data.few_shot import k_shot
+from slora_diffusers.training.data.images import Item
+from slora_diffusers.training.data.labelled import Fetch, hold_out, hub_dataset, image_folder, random_box
+from slora_diffusers.training.data.masks import (
+    class_names,
+    mask_dataset,
+    mask_folder,
+    mask_of,
+    read_label_map,
+    read_mask,
+)
 from slora_diffusers.training.randomness import generator
-from slora_diffusers.training.scores import (
+from slora_diffusers.training.vision.scores import (
     Overlap,
     class_weights,
     confusion_matrix,

@@ -19,14 +19,10 @@ from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegment
 
 from slora_diffusers import SerialLoraConfig, SerialLoraError, load_serial_lora
 from slora_diffusers.errors import AdapterFileError, ArchitectureError
-from slora_diffusers.preprocessing import Preprocessing
-from slora_diffusers.vision import (
-    ConvolutionalHead,
-    SerialLoraForImageClassification,
-    SerialLoraForSemanticSegmentation,
-    pool,
-)
-from tests.tiny_vision import SIZE, VISION
+from slora_diffusers.heads.classification import SerialLoraForImageClassification, pool
+from slora_diffusers.heads.preprocessing import Preprocessing
+from slora_diffusers.heads.segmentation import ConvolutionalHead, SerialLoraForSemanticSegmentation
+from tests.tiny.vision import SIZE, VISION
 
 CONFIG = SerialLoraConfig(rank=3)
 PREPARE = Preprocessing((SIZE, SIZE))
@@ -295,7 +291,7 @@ def test_preprocessing_is_found_beside_the_model(tmp_path):
 def test_vision_needs_torch_alone_at_import():
     code = (
         "import sys, types; package = types.ModuleType('slora_diffusers'); package.__path__ = ['slora_diffusers'];"
-        "sys.modules['slora_diffusers'] = package; import slora_diffusers.vision;"
+        "sys.modules['slora_diffusers'] = package; import slora_diffusers.heads.segmentation;"
         "print(sorted({'transformers', 'diffusers', 'timm', 'PIL', 'peft'} & set(sys.modules)))"
     )
     assert (

@@ -13,7 +13,7 @@ from tests.test_trainer_callback import Stripes
 from tests.test_trainer_callback import model as adapted
 from tests.test_vision_promptable import batch, sam
 from tests.test_vision_prompts import tokenizer
-from tests.tiny_vision import VISION
+from tests.tiny.vision import VISION
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "vision.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import Sam2Config, Sam2Model, SamConfig, SamModel
 
 from slora_diffusers import SerialLoraConfig, SerialLoraError
-from slora_diffusers.preprocessing import Preprocessing
-from slora_diffusers.promptable import SerialLoraForPromptableSegmentation, mask_loss
-from tests.tiny_vision import VISION, TinyVision
+from slora_diffusers.heads.preprocessing import Preprocessing
+from slora_diffusers.heads.promptable import SerialLoraForPromptableSegmentation, mask_loss
+from tests.tiny.vision import VISION, TinyVision
 
 CONFIG = SerialLoraConfig(rank=3)
 DECODER = {

@@ -7,9 +7,9 @@ import torch
 
 from slora_diffusers import SerialLoraConfig, SerialLoraError
 from slora_diffusers.errors import ArchitectureError
-from slora_diffusers.preprocessing import Preprocessing
-from slora_diffusers.prompts import SerialLoraForPromptClassification
-from tests.tiny_vision import SIZE, VISION
+from slora_diffusers.heads.preprocessing import Preprocessing
+from slora_diffusers.heads.prompts import SerialLoraForPromptClassification
+from tests.tiny.vision import SIZE, VISION
 
 CONFIG = SerialLoraConfig(rank=3)
 PREPARE = Preprocessing((SIZE, SIZE))

@@ -21,10 +21,10 @@ from slora_diffusers import (
     unfuse_serial_lora,
     unload_serial_lora,
 )
-from slora_diffusers.architectures import ARCHITECTURES
+from slora_diffusers.core.sites import find_slots
+from slora_diffusers.records.registry import ARCHITECTURES
 from slora_diffusers.records.vision import RECORDS
-from slora_diffusers.sites import find_slots
-from tests.tiny_vision import VISION, timm
+from tests.tiny.vision import VISION, timm
 
 RANK, ALPHA = 3, 2.1
 

@@ -16,12 +16,15 @@ from torchmetrics.segmentation import MeanIoU
 
 from pipelines import classify_images, segment_images
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.files import WEIGHT_NAME
-from slora_diffusers.preprocessing import Preprocessing
-from slora_diffusers.training import classification, inference, vision
-from slora_diffusers.training.labelled import Fetch
-from slora_diffusers.training.pictures import overlay
-from slora_diffusers.vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
+from slora_diffusers.files.format import WEIGHT_NAME
+from slora_diffusers.heads.classification import SerialLoraForImageClassification
+from slora_diffusers.heads.preprocessing import Preprocessing
+from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation
+from slora_diffusers.recipes import inference
+from slora_diffusers.training.data.labelled import Fetch
+from slora_diffusers.training.vision import classification
+from slora_diffusers.training.vision import recipe as vision
+from slora_diffusers.training.vision.pictures import overlay
 from tests.vision_recipes import classify, segment
 from train_scripts import train_vit_segmentation
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny_vision import SIZE, VISION
+from tests.tiny.vision import SIZE, VISION
 from train_scripts import train_vit_classification, train_vit_segmentation
 
 QUIET = ["--validation_steps", "0", "--checkpointing_steps", "0", "--rank", "4", "--train_batch_size", "4"]

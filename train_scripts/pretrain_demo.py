@@ -31,7 +31,7 @@ from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from slora_diffusers.demo.glyphs import CORE_FACES, IMAGE_SIZE, LETTERS, PRETRAINING_FACES, glyph_images, to_pixels
-from slora_diffusers.training.objectives import Objective, objective_for
+from slora_diffusers.training.diffusion.objectives import Objective, objective_for
 
 FACES = {"all": PRETRAINING_FACES, "core": CORE_FACES}
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"

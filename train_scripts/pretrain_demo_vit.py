@@ -21,7 +21,7 @@ from transformers import ViTConfig, ViTModel, get_cosine_schedule_with_warmup
 
 from slora_diffusers.demo.glyphs import CORE_FACES, IMAGE_SIZE, LETTERS, glyph_images
 from slora_diffusers.demo.scenes import compose, scenes
-from slora_diffusers.preprocessing import Preprocessing
+from slora_diffusers.heads.preprocessing import Preprocessing
 
 PREPARE = Preprocessing((IMAGE_SIZE, IMAGE_SIZE))
 PROCESSOR = {  # the same, as transformers' image processors read it

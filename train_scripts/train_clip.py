@@ -15,11 +15,11 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from slora_diffusers.errors import SerialLoraError, run_script
-from slora_diffusers.prompts import TOWERS, SerialLoraForPromptClassification
-from slora_diffusers.training.classification import CLASSES, find_items, train_classifier
+from slora_diffusers.heads.prompts import TOWERS, SerialLoraForPromptClassification
 from slora_diffusers.training.options import value
 from slora_diffusers.training.run import Run
-from slora_diffusers.training.vision import hub_arguments, parse_options
+from slora_diffusers.training.vision.classification import CLASSES, find_items, train_classifier
+from slora_diffusers.training.vision.recipe import hub_arguments, parse_options
 
 CLIP = (
     ("towers", value(str, "both", "Where the pairs go.", choices=TOWERS)),

@@ -24,17 +24,17 @@ import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
 from slora_diffusers import SerialLoraError
 from slora_diffusers.demo.glyphs import HELD_OUT_LETTERS, NEW_STYLES, SEEN_LETTERS, glyph_images
 from slora_diffusers.errors import run_script
-from slora_diffusers.training.batches import Batch, bucket_shapes
-from slora_diffusers.training.cache import vae_factor
-from slora_diffusers.training.data import Item, find_classes, from_tensors
-from slora_diffusers.training.fit import fit
-from slora_diffusers.training.objectives import objective_for
+from slora_diffusers.training.data.batches import Batch, bucket_shapes
+from slora_diffusers.training.data.cache import vae_factor
+from slora_diffusers.training.data.images import Item, find_classes, from_tensors
+from slora_diffusers.training.diffusion.fit import fit
+from slora_diffusers.training.diffusion.objectives import objective_for
+from slora_diffusers.training.diffusion.samples import Samples, evenly_spread
+from slora_diffusers.training.diffusion.validation import sample_generators
 from slora_diffusers.training.options import COMMON, make_parser, objective_settings, parse
 from slora_diffusers.training.precision import load_pipeline
 from slora_diffusers.training.preflight import check_sites
 from slora_diffusers.training.run import Run
-from slora_diffusers.training.samples import Samples, evenly_spread
-from slora_diffusers.training.validation import sample_generators
 
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
 DIT = (

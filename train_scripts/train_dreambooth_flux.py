@@ -20,15 +20,15 @@ from torch import Tensor
 
 import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
 from slora_diffusers.errors import run_script
-from slora_diffusers.training.batches import Batch
-from slora_diffusers.training.cache import vae_factor
-from slora_diffusers.training.fit import fit
-from slora_diffusers.training.objectives import objective_for
+from slora_diffusers.training.data.batches import Batch
+from slora_diffusers.training.data.cache import vae_factor
+from slora_diffusers.training.diffusion.fit import fit
+from slora_diffusers.training.diffusion.objectives import objective_for
+from slora_diffusers.training.diffusion.text_to_image import TEXT_TO_IMAGE, Subject, captions_of, find_instances, free
 from slora_diffusers.training.options import COMMON, make_parser, objective_settings, parse, value
 from slora_diffusers.training.precision import load_pipeline
 from slora_diffusers.training.preflight import check_sites
 from slora_diffusers.training.run import Run
-from slora_diffusers.training.text_to_image import TEXT_TO_IMAGE, Subject, captions_of, find_instances, free
 
 FLUX = (("guidance_scale", value(float, 1.0, "Guidance that a guidance-distilled transformer is told in training.")),)
 T5_LENGTH = 512  # tokens

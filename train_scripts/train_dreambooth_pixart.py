@@ -21,14 +21,14 @@ from torch import Tensor
 import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
 from slora_diffusers import SerialLoraError
 from slora_diffusers.errors import run_script
-from slora_diffusers.training.batches import Batch
-from slora_diffusers.training.fit import fit
-from slora_diffusers.training.objectives import objective_for
+from slora_diffusers.training.data.batches import Batch
+from slora_diffusers.training.diffusion.fit import fit
+from slora_diffusers.training.diffusion.objectives import objective_for
+from slora_diffusers.training.diffusion.text_to_image import TEXT_TO_IMAGE, Subject, captions_of, find_instances, free
 from slora_diffusers.training.options import COMMON, make_parser, objective_settings, parse
 from slora_diffusers.training.precision import load_pipeline
 from slora_diffusers.training.preflight import check_sites
 from slora_diffusers.training.run import Run
-from slora_diffusers.training.text_to_image import TEXT_TO_IMAGE, Subject, captions_of, find_instances, free
 
 PIPELINES = {cls.__name__: cls for cls in (PixArtAlphaPipeline, PixArtSigmaPipeline)}
 T5_LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens

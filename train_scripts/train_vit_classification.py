@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from accelerate.utils import set_seed
 
 from slora_diffusers.errors import run_script
-from slora_diffusers.training.classification import CLASSES, find_items, train_classifier
+from slora_diffusers.heads.classification import POOLINGS, SerialLoraForImageClassification
 from slora_diffusers.training.options import value
 from slora_diffusers.training.run import Run
-from slora_diffusers.training.vision import open_for_training, parse_options
-from slora_diffusers.vision import POOLINGS, SerialLoraForImageClassification
+from slora_diffusers.training.vision.classification import CLASSES, find_items, train_classifier
+from slora_diffusers.training.vision.recipe import open_for_training, parse_options
 
 POOLING = (
     ("pooling", value(str, "cls", "What the head reads: class token, mean of the patches, both.", choices=POOLINGS)),

@@ -19,16 +19,16 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from slora_diffusers.errors import SerialLoraError, run_script
-from slora_diffusers.preprocessing import Preprocessing
-from slora_diffusers.training.batches import Batch
-from slora_diffusers.training.data import Item
-from slora_diffusers.training.labelled import Fetch, Mask, hold_out
-from slora_diffusers.training.masks import LabelMap, class_names, mask_dataset, mask_folder, read_label_map
+from slora_diffusers.heads.preprocessing import Preprocessing
+from slora_diffusers.heads.segmentation import SEGMENTATION_HEADS, SerialLoraForSemanticSegmentation
+from slora_diffusers.training.data.batches import Batch
+from slora_diffusers.training.data.images import Item
+from slora_diffusers.training.data.labelled import Fetch, Mask, hold_out
+from slora_diffusers.training.data.masks import LabelMap, class_names, mask_dataset, mask_folder, read_label_map
 from slora_diffusers.training.options import switch, value
 from slora_diffusers.training.run import Run
-from slora_diffusers.training.scores import Overlap, class_weights, confusion_matrix, segmentation_loss
-from slora_diffusers.training.vision import batches_of, fit, open_for_training, parse_options, prepare_model
-from slora_diffusers.vision import SEGMENTATION_HEADS, SerialLoraForSemanticSegmentation
+from slora_diffusers.training.vision.recipe import batches_of, fit, open_for_training, parse_options, prepare_model
+from slora_diffusers.training.vision.scores import Overlap, class_weights, confusion_matrix, segmentation_loss
 
 SEGMENTATION = (
     ("dataset_name", value(str, None, "Data set on the Hub or saved to a folder, instead of --train_data_dir.")),

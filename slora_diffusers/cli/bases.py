@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..errors import SerialLoraError
-from ..files import AdapterTensors, read_adapter
-from ..hub import base_id
-from ..io import load_serial_lora
+from ..files.format import AdapterTensors, read_adapter
+from ..files.hub import base_id
+from ..files.load import load_serial_lora
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -9,13 +9,14 @@ import typer
 from rich.table import Table
 from torch import nn
 
+from ..adapters.attach import unload_serial_lora
+from ..adapters.fuse import fuse_serial_lora
 from ..convert import compress_lora, export_lora
 from ..convert.merge import merge_serial_lora, merge_states
 from ..errors import SerialLoraError
-from ..files import WEIGHT_NAME, read_adapter
-from ..fuse import fuse_serial_lora
-from ..inject import unload_serial_lora
-from ..io import load_serial_lora, save_serial_lora, write_state
+from ..files.format import WEIGHT_NAME, read_adapter
+from ..files.load import load_serial_lora
+from ..files.save import save_serial_lora, write_state
 from .bases import base_name, dtype_of, is_model, load_base, load_with_adapters
 from .console import ERR, NOT_VERIFIED, OUT, Debug, Json, PlainErrors, show, track
 from .describe import inspect_adapter, inspect_model, tables

@@ -15,10 +15,10 @@ from ..convert.export import components_of
 from ..convert.lowrank import LowRank
 from ..convert.merge import scaled_pairs
 from ..convert.plots import plot_spectra
+from ..core.sites import find_slots, lora_equivalent, select_slots
 from ..errors import SerialLoraError
-from ..files import AdapterTensors, find_file, read_adapter
-from ..io import describe_base
-from ..sites import find_slots, lora_equivalent, select_slots
+from ..files.fingerprint import describe_base
+from ..files.format import AdapterTensors, find_file, read_adapter
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.attach import unload_serial_lora
+from ..adapters.fuse import fuse_serial_lora, unfuse_serial_lora
 from ..convert import export_lora
 from ..convert.export import components_of, equivalent_lora
-from ..convert.formats import Target, unread_by_diffusers
+from ..convert.layouts.write import Target, unread_by_diffusers
+from ..core.sites import find_slots, unwrap
+from ..core.state import pairs_of, registry_of
 from ..errors import SerialLoraError
-from ..fuse import fuse_serial_lora, unfuse_serial_lora
-from ..inject import unload_serial_lora
-from ..registry import pairs_of, registry_of
-from ..sites import find_slots, unwrap
 
 PROMPT = "a photo of a cat"
 

@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.fuse import base_weights, check_plain
+from ..core.sites import Slot, find_slots, in_features, out_features
+from ..core.state import check_new_name, registry_of
 from ..errors import AdapterFileError, SerialLoraError
-from ..fuse import base_weights, check_plain
-from ..io import describe_base, free_name, library_version, plan_load
-from ..registry import check_new_name, registry_of
-from ..sites import Slot, find_slots, in_features, out_features
-from .adapters import as_adapter
+from ..files.fingerprint import describe_base
+from ..files.load import free_name, plan_load
+from ..files.save import library_version
 from .export import components_of
-from .formats import Target, unread_by_diffusers, write_lora
+from .layouts.read import ReadLora, read_lora
+from .layouts.write import Target, unread_by_diffusers, write_lora
 from .lowrank import LowRank, Products, Track, check_rank, silently
+from .pairs import as_adapter
 from .plots import plot_errors
-from .read import ReadLora, read_lora
 
 RIDGE = 1e-6
 REST_PREFIX = "rest_of_"

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.fuse import base_weights, check_plain
+from ..core.layer import SerialLoraPair
+from ..core.sites import Slot, find_slots, unwrap
+from ..core.state import Weights, names_with_weights, pairs_of, registry_of, weight_at
 from ..errors import AdapterStateError, SerialLoraError
-from ..fuse import base_weights, check_plain
-from ..io import component_name, describe_base, library_version
-from ..layer import SerialLoraPair
-from ..registry import Weights, names_with_weights, pairs_of, registry_of, weight_at
-from ..sites import Slot, find_slots, unwrap
-from .formats import Target, as_kohya, check_format, unread_by_diffusers, write_lora
+from ..files.fingerprint import describe_base
+from ..files.save import component_name, library_version
+from .layouts.write import Target, as_kohya, check_format, unread_by_diffusers, write_lora
 from .lowrank import LowRank, Products, Sized, Track, check_rank, silently, sizes, truncate
 
 

@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.attach import activate
 from ..config import SerialLoraConfig
+from ..core.sites import unwrap
+from ..core.state import Weights, check_new_name, names_with_weights, registry_of, weight_at
 from ..errors import AdapterFileError, AdapterStateError
-from ..files import AdapterTensors
-from ..inject import activate
-from ..io import new_header, plan_load, serial_lora_state_dict
-from ..registry import Weights, check_new_name, names_with_weights, registry_of, weight_at
-from ..sites import unwrap
-from .adapters import adapter_keys, as_adapter, most_common, rank_patterns
+from ..files.format import AdapterTensors
+from ..files.load import plan_load
+from ..files.save import new_header, serial_lora_state_dict
 from .export import components_of
 from .lowrank import LowRank, Products, Sized, Track, check_rank, silently, sizes, total, truncate
+from .pairs import adapter_keys, as_adapter, most_common, rank_patterns
 
 
 @dataclass(frozen=True, kw_only=True)

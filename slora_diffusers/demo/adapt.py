@@ -12,16 +12,9 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..config import SerialLoraConfig
-from ..training.objectives import objective_for
+from ..training.diffusion.objectives import objective_for
 from ..training.randomness import generator
-from .glyphs import (
-    HELD_OUT_LETTERS,
-    LETTERS,
-    SEEN_LETTERS,
-    Face,
-    glyph_images,
-    to_pixels,
-)
+from .glyphs import HELD_OUT_LETTERS, LETTERS, SEEN_LETTERS, Face, glyph_images, to_pixels
 from .metrics import best_iou, nearest_glyph
 from .quiet import quiet
 

@@ -22,9 +22,10 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from ..config import SerialLoraConfig
-from ..training.pictures import blend
-from ..training.scores import Overlap, confusion_matrix, segmentation_loss, top_k_accuracy
-from ..vision import SerialLoraForImageClassification, SerialLoraForSemanticSegmentation
+from ..heads.classification import SerialLoraForImageClassification
+from ..heads.segmentation import SerialLoraForSemanticSegmentation
+from ..training.vision.pictures import blend
+from ..training.vision.scores import Overlap, confusion_matrix, segmentation_loss, top_k_accuracy
 from .glyphs import HELD_OUT_LETTERS, LETTERS, Face
 from .quiet import quiet
 from .scenes import Scenes, fresh_scenes, scenes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SerialLoraError
-from .adapters import whole
+from .methods import whole
 
 STATE_NAME = "training_state.pt"
 _FOLDER = re.compile(r"checkpoint-(\d+)")

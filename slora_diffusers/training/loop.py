@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import SerialLoraError
-from .batches import Batch
+from .data.batches import Batch
 from .randomness import counter_seed
 
 

@@ -19,7 +19,7 @@ from diffusers.optimization import SchedulerType
 
 from ..config import SerialLoraConfig
 from ..errors import SerialLoraError
-from .objectives import DENSITIES, WEIGHTINGS
+from .diffusion.objectives import DENSITIES, WEIGHTINGS
 from .optim import OPTIMIZERS
 from .precision import QUANTIZATIONS
 

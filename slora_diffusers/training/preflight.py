@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from ..adapters.attach import add_serial_lora
 from ..errors import SerialLoraError
-from ..inject import add_serial_lora
-from .adapters import ADAPTERS
+from .methods import ADAPTERS
 from .optim import optimizer_class
 from .options import adapter_config
 from .precision import quantization_config

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import SerialLoraError
-from ..heads import checkpoint_gradients
-from ..hub import PROMPT, publish, reserve_repository
+from ..files.hub import PROMPT, publish, reserve_repository
+from ..heads.base import checkpoint_gradients
 from . import checkpoint
-from .adapters import ADAPTERS
-from .batches import Batch
+from .data.batches import Batch
+from .diffusion.validation import image_grid
 from .loop import Step, interruptible, train_steps
+from .methods import ADAPTERS
 from .optim import evaluation_weights, make_optimizer, parameter_groups
 from .options import adapter_config, save_options
 from .precision import DTYPES, check_trainables_fp32, trainable
 from .preflight import check_options
-from .validation import image_grid
 
 logger: Any = get_logger(__name__)
 # Options that may change when a run is resumed without changing what it computes.

@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from ..files import read_adapter
-from ..io import component_name, save_serial_lora, the_adapter
-from ..registry import matrices_of, registry_of
+from ..core.state import matrices_of, registry_of
+from ..files.format import read_adapter
+from ..files.save import component_name, save_serial_lora, the_adapter
 from .checkpoint import load_parameters
 
 

@@ -1,0 +1,123 @@
+"""How a pair gets in front of an attention: forward pre-hooks that transform what the attention reads.
+
+A pre-hook, and not a replacement of `attn.processor`, because diffusers reassigns processors (`set_attn_processor`,
+xFormers, slicing, PAG, QKV fusing), tells them apart by class (IP-Adapter, joint attention) and sets attributes on
+them (attention backends). The processors stay the user's own; whichever is there reads the transformed input.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterStateError
+from .calls import CallState
+from .layer import SerialLoraPair
+
+SCALE_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
+"""Arguments through which diffusers' pipelines pass `{"scale": ...}` to a transformer."""
+
+FIRST_ARGUMENT = ""
+"""Stands for whatever a module's forward calls its first argument (Linear layers of every make)."""
+
+
+class SerialLoraAttnProcessor:
+    """Forward pre-hook of one attention: each input that has a pair becomes `x~ = (I + s B A) x`.
+
+    It contains no attention arithmetic: the attention and its own processor go on as they were.
+
+    Args:
+        reads: {argument of the module's forward: (its position, its pair)}.
+    """
+
+    def __init__(self, reads: Mapping[str, tuple[int, SerialLoraPair]]) -> None:
+        self.reads = dict(reads)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        new_args, new_kwargs = list(args), dict(kwargs)
+        done: dict[tuple[int, int], Tensor] = {}  # q = k = v passed as one tensor stays one tensor
+        for name, (position, pair) in self.reads.items():
+            given: Any = new_args if position < len(args) else new_kwargs
+            at: Any = position if position < len(args) else name
+            x = args[position] if position < len(args) else kwargs.get(name)
+            if x is None:
+                raise AdapterStateError(
+                    f"{type(module).__name__} was called without {name!r}, which its serial pair reads. Adapt the "
+                    "other inputs only (inputs=...), or register a record that fits how this model calls it."
+                )
+            key = (id(pair), id(x))
+            if key not in done:
+                done[key] = pair(x)
+            given[at] = done[key]
+        return tuple(new_args), new_kwargs
+
+
+class ModelCall:
+    """Forward hooks of the whole model: `{"scale": ...}` among the attention kwargs, and the size of the batch."""
+
+    def __init__(self, call: CallState) -> None:
+        self.call = call
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: open a state for this forward where there is something to open it for."""
+        call, changes = self.call.current(), {}
+        for name in SCALE_ARGUMENTS:
+            given = kwargs.get(name)
+            if given and "scale" in given:
+                scale = check_scale(given["scale"], self.call)
+                kwargs = {**kwargs, name: {k: v for k, v in given.items() if k != "scale"}}
+                changes["scale"] = changes.get("scale", call.scale) * scale
+        if call.samples is not None:
+            changes["batch"] = _batch_size(args, kwargs)
+        if changes:
+            self.call.push(**changes, forward=True)
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, also after an exception: close the state that `before` opened."""
+        call = self.call.current()
+        if call.forward:
+            self.call.pop(call)
+
+
+def check_scale(scale: Any, call: CallState) -> float:
+    """A finite number that the state allows: fused weights have one scale, theirs."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale != scale or abs(scale) == float("inf"):
+        raise AdapterStateError(f"A scale must be a finite number; got {scale!r}.")
+    if call.fused and scale != 1:
+        raise AdapterStateError(
+            f"The adapters are fused into the weights, so they cannot be scaled by {scale}. Call unfuse_serial_lora() "
+            "first, or fuse again with fuse_serial_lora(scale=...)."
+        )
+    return float(scale)
+
+
+def attach(module: nn.Module, reads: Mapping[str, SerialLoraPair]) -> None:
+    """Hook a module so that the named arguments of its forward go through their pairs; replaces an earlier hook."""
+    detach(module)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    named = {name or names[0]: pair for name, pair in reads.items()}
+    # A name that only `**kwargs` takes comes by keyword: its position is behind all that can be positional.
+    positions = {name: names.index(name) if name in names else len(names) for name in named}
+    hook = SerialLoraAttnProcessor({name: (positions[name], pair) for name, pair in named.items()})
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def detach(module: nn.Module) -> None:
+    """Remove the hook that `attach` added, if there is one."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, SerialLoraAttnProcessor):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    values = (kwargs.get("hidden_states"), *args, *kwargs.values())
+    first = next((v for v in values if isinstance(v, list) or (isinstance(v, torch.Tensor) and v.ndim)), None)
+    return None if first is None else len(first)  # some models take a list of images

@@ -1,0 +1,191 @@
+"""The adapters at one place of a model: which are active, with what gains, and the operands of their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import AdapterStateError
+from . import pair
+from .calls import Call, CallState
+from .offload import real_tensor
+
+
+class SerialLoraPair(nn.Module):
+    """The low-rank pairs (A_i, B_i) of every adapter for one input of one attention.
+
+    Args:
+        features: Width d of the input.
+        call: Per-call state of the model that the pair belongs to.
+
+    Source: Zhong et al., arXiv 2503.17750, equation 3.
+    """
+
+    def __init__(self, features: int, call: CallState) -> None:
+        super().__init__()
+        self.features = features
+        self.call = call
+        self.scaling: dict[str, float] = {}  # s_i of every adapter
+        self.dropout: dict[str, float] = {}
+        self.weights: dict[str, float] = {}  # w_i of the active adapters
+        self.gains: dict[str, float] = {}  # w_i s_i of those that have an effect
+        # Stacked operands of fixed shape, once capacity is reserved: swapping adapters then changes values only.
+        self.register_buffer("stacked_A", None, persistent=False)
+        self.register_buffer("stacked_B", None, persistent=False)
+        self._merged: tuple[object, Tensor, Tensor] | None = None
+
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """A (r, d) and B (d, r) of one adapter: the parameters themselves, wherever they are kept."""
+        return real_tensor(self, f"lora_A_{name}"), real_tensor(self, f"lora_B_{name}")
+
+    def add(self, name: str, A: Tensor, B: Tensor, scaling: float, dropout: float, trainable: bool) -> None:
+        """Register one adapter's A (r, d), B (d, r), scale s and dropout; it is not active yet."""
+        self.register_parameter(f"lora_A_{name}", nn.Parameter(A, requires_grad=trainable))
+        self.register_parameter(f"lora_B_{name}", nn.Parameter(B, requires_grad=trainable))
+        self.scaling[name], self.dropout[name] = scaling, dropout
+
+    def remove(self, name: str) -> None:
+        """Forget one adapter."""
+        delattr(self, f"lora_A_{name}")
+        delattr(self, f"lora_B_{name}")
+        del self.scaling[name], self.dropout[name]
+        self.activate({n: w for n, w in self.weights.items() if n != name})
+
+    def activate(self, weights: dict[str, float]) -> None:
+        """Make exactly these adapters active, w_i given; adapters that the pair does not hold are passed over."""
+        # Sorted, so that the sum, and its rounding, does not depend on the order in which adapters came.
+        self.weights = {name: weights[name] for name in sorted(weights) if name in self.scaling}
+        self.gains = {name: w * self.scaling[name] for name, w in self.weights.items() if w * self.scaling[name]}
+        self._merged = None
+        if self.stacked_A is not None:
+            self._fill_stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x~ = x + sum_i w_i s_i B_i A_i x for x of shape (..., d)."""
+        call = self.call.current()
+        if call.samples is not None:
+            return self._forward_per_sample(x, call)
+        # With reserved capacity nothing here may read the adapters: torch.compile would guard on what it read.
+        if call.scale == 0 or (self.stacked_A is None and not self.gains):
+            return x
+        A, B, s = self._operands(x)  # (r, d), (d, r)
+        if self.training and self.stacked_A is None and any(self.dropout[name] for name in self.gains):
+            return pair.shift_from(x, self._dropped(x, A), B, s * call.scale)
+        return pair.shift(x, A, B, s * call.scale)
+
+    def _dropped(self, x: Tensor, A: Tensor) -> Tensor:
+        """A x (..., r), each adapter reading x with its own dropout."""
+        parts = A.split([self.matrices(name)[0].shape[0] for name in self.gains])
+        dropped = (F.dropout(x, self.dropout[name]) for name in self.gains)
+        return torch.cat([F.linear(x_i, A_i) for x_i, A_i in zip(dropped, parts, strict=True)], dim=-1)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """A, B and s such that x~ = x + s B A x: the parameters themselves wherever no move or stacking is needed."""
+        if self.stacked_A is not None:
+            assert self.stacked_B is not None
+            return self.stacked_A.to(x), self.stacked_B.to(x), 1.0
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        # A trainable adapter is cast on every call, gradients or not: what writes to it often goes through `.data`, as
+        # diffusers' EMAModel does, and no version counter sees that.
+        training = any(self.matrices(name)[0].requires_grad for name in self.gains)
+        if len(self.gains) == 1:
+            (name, gain), *_ = self.gains.items()
+            A, B = self.matrices(name)
+            # Under autocast a trained parameter is cast, and the cast remembered, by autocast itself.
+            if A.device == x.device and (A.dtype == dtype or (training and autocast)):
+                return A, B, gain
+            if training:
+                return A.to(x.device, dtype), B.to(x.device, dtype), gain
+        if training or torch.compiler.is_compiling():
+            A, B = self.stack(self.gains)
+            return A.to(x.device, dtype), B.to(x.device, dtype), 1.0
+        return *self._merge_once(x.device, dtype), 1.0
+
+    def _merge_once(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The active adapters stacked, moved and cast, remembered until one of them changes."""
+        matrices = [matrix for name in self.gains for matrix in self.matrices(name)]
+        versions = (0 if matrix.is_inference() else matrix._version for matrix in matrices)
+        # Not what inference_mode left: autograd refuses to go through it.
+        key = (device, dtype, torch.is_inference_mode_enabled(), *versions, *(matrix.data_ptr() for matrix in matrices))
+        if self._merged is None or self._merged[0] != key:
+            with torch.no_grad():
+                A, B = self.stack(self.gains)
+                self._merged = (key, A.to(device, dtype), B.to(device, dtype).contiguous())
+        return self._merged[1], self._merged[2]
+
+    def stack(self, gains: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """One pair A (R, d), B (d, R) for the sum of these adapters, with these gains."""
+        return pair.stack([(*self.matrices(name), gain) for name, gain in gains.items()])
+
+    def _forward_per_sample(self, x: Tensor, call: Call) -> Tensor:
+        """x~_b = x_b + s_b B_b A_b x_b, with the adapter of each sample b."""
+        assert call.samples is not None and call.stacks is not None
+        batch, count = x.shape[0], len(call.samples)
+        if batch % count or (call.batch is not None and batch != call.batch):
+            raise AdapterStateError(
+                f"serial_lora_batch was given {count} adapter names, but an attention reads a batch of {batch} of the "
+                f"model's {call.batch or batch} samples. Give one name per sample; the batch may hold them several "
+                "times over (classifier-free guidance), but a model that folds frames into its batch is not supported."
+            )
+        key = (id(self), x.dtype, x.device, batch)
+        if key not in call.stacks:
+            A, B = self._stack_samples(call.samples * (batch // count))
+            call.stacks[key] = A.to(x), B.to(x)
+        A, B = call.stacks[key]  # (b, R, d), (b, d, R)
+        return pair.shift_per_sample(x, A, B, call.scale)
+
+    def _stack_samples(self, samples: tuple[str | None, ...]) -> tuple[Tensor, Tensor]:
+        """A (b, R, d) and s B (b, d, R) of each sample's adapter, padded with zeros to the largest rank."""
+        names = {name for name in samples if name in self.scaling}
+        matrices = {name: self.matrices(name) for name in names if name is not None}
+        R = max((A.shape[0] for A, _ in matrices.values()), default=1)
+        reference = next((A for A, _ in matrices.values()), torch.zeros(()))
+        A = reference.new_zeros(len(samples), R, self.features)
+        B = reference.new_zeros(len(samples), self.features, R)
+        for i, name in enumerate(samples):
+            if name is not None and name in matrices:
+                A_i, B_i = matrices[name]
+                A[i, : A_i.shape[0]] = A_i
+                B[i, :, : A_i.shape[0]] = B_i * (self.scaling[name] * self.weights.get(name, 1.0))
+        return A, B
+
+    def reserve(self, rank: int, like: Tensor) -> None:
+        """Hold room for adapters of a summed rank, so that later changes of adapters change values, never shapes."""
+        self.stacked_A = like.new_zeros(rank, self.features)
+        self.stacked_B = like.new_zeros(self.features, rank)
+        self._fill_stack()
+
+    @torch.no_grad()
+    def _fill_stack(self) -> None:
+        assert self.stacked_A is not None and self.stacked_B is not None
+        used = 0
+        if self.gains:
+            A, B = self.stack(self.gains)
+            used = A.shape[0]
+            self.stacked_A[:used].copy_(A)
+            self.stacked_B[:, :used].copy_(B)
+        self.stacked_A[used:].zero_()
+        self.stacked_B[:, used:].zero_()
+
+    def fused_weight(self, W: Tensor, gains: Mapping[str, float]) -> Tensor:
+        """W' = W (I + sum_i g_i B_i A_i) for W of shape (out, d)."""
+        return pair.fuse(W, *self.stack(gains))
+
+    def as_lora(self, W: Tensor, gains: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """The equivalent LoRA on W (out, d): lora_A (R, d) and lora_B (out, R), the gains in lora_B."""
+        return pair.as_lora(W, *self.stack(gains))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SerialLoraPair:
+        self._merged = None  # made again where the parameters went
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_merged": None}
+
+    def extra_repr(self) -> str:
+        ranks = {name: self.matrices(name)[0].shape[0] for name in self.scaling}
+        return f"features={self.features}, ranks={ranks}, active={list(self.gains)}"

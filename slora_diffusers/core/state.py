@@ -1,0 +1,155 @@
+"""What a model remembers about its adapters, and the checks that come before any change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SerialLoraConfig, matches
+from ..errors import AdapterStateError
+from .calls import CallState
+from .layer import SerialLoraPair
+from .sites import Projection, unwrap
+
+Weights = float | Mapping[str, float]
+"""The weight of an adapter: a number, or {regular expression of a site: number}."""
+
+
+@dataclass
+class Fused:
+    """What a fuse replaced: every weight's owner and the very tensor that it held."""
+
+    weights: dict[str, Weights]
+    scale: float
+    originals: list[tuple[Projection, torch.Tensor]]
+
+
+@dataclass
+class Registry:
+    """Everything that a model remembers about its adapters, besides the pairs themselves."""
+
+    call: CallState = field(default_factory=CallState)
+    configs: dict[str, SerialLoraConfig] = field(default_factory=dict)
+    active: dict[str, Weights] = field(default_factory=dict)
+    fused: Fused | None = None
+    capacity: tuple[int, int] | None = None
+
+
+def registry_of(model: nn.Module, create: bool = False) -> Registry:
+    """The model's record of its adapters.
+
+    Raises:
+        AdapterStateError: If there is none and `create` is not set.
+    """
+    model = unwrap(model)
+    registry = getattr(model, "_serial_lora", None)
+    if registry is None and create:
+        registry = Registry()  # written on the model with its first pair, once everything has been checked
+    if registry is None:
+        raise AdapterStateError(
+            f"{type(model).__name__} has no Serial LoRA adapter. Add one with add_serial_lora() or load_serial_lora()."
+        )
+    return registry
+
+
+def pairs_of(model: nn.Module) -> dict[str, SerialLoraPair]:
+    """{`<path of the site>.serial_lora.<pair>`: pair} of every pair in the model."""
+    found = unwrap(model).named_modules()
+    return {name.replace("_orig_mod.", ""): m for name, m in found if isinstance(m, SerialLoraPair)}
+
+
+def matrices_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """{`<path of the site>.serial_lora.<pair>.lora_A.weight`: parameter} of one adapter: its keys in a file."""
+    return {
+        f"{key}.lora_{part}.weight": matrix
+        for key, pair in pairs_of(model).items()
+        if adapter_name in pair.scaling
+        for part, matrix in zip("AB", pair.matrices(adapter_name), strict=True)
+    }
+
+
+def parameters_of(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """The parameters A and B of one adapter, or of all, in the order of the model's modules."""
+    pairs = pairs_of(model).values()
+    names = [(pair, name) for pair in pairs for name in pair.scaling if adapter_name in (None, name)]
+    return [pair.get_parameter(f"lora_{part}_{name}") for pair, name in names for part in "AB"]
+
+
+def weight_at(path: str, weight: Weights) -> float:
+    """The weight of an adapter at one site: the first pattern that matches decides, and 1 where none does."""
+    if not isinstance(weight, Mapping):
+        return float(weight)
+    return next((float(w) for pattern, w in weight.items() if matches(pattern, path)), 1.0)
+
+
+def names_with_weights(
+    adapter_names: str | Sequence[str], weights: Weights | Sequence[Weights] | None
+) -> dict[str, Weights]:
+    """{name: weight} from one or several names, and one weight for all or one per name."""
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    each = list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)
+    if len(each) != len(names) or len(set(names)) != len(names):
+        raise AdapterStateError(f"{len(names)} adapter names {names} need as many weights; got {weights!r}.")
+    return dict(zip(names, each, strict=True))
+
+
+def check_active(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
+    """Raise AdapterStateError unless these adapters, with these weights, can be made active now."""
+    registry = registry_of(model)
+    check_known(registry, chosen)
+    check_not_fused(registry, "change the active adapters")
+    pairs = pairs_of(model)
+    paths = {key.partition(".serial_lora.")[0] for key in pairs}
+    for name, weight in chosen.items():
+        for pattern, number in weight.items() if isinstance(weight, Mapping) else [(None, weight)]:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < float("inf"):
+                raise AdapterStateError(f"The weight of {name!r} must be a finite number; got {number!r}.")
+            if pattern is not None and not any(matches(pattern, path) for path in paths):
+                raise AdapterStateError(
+                    f"The pattern {pattern!r} in the weights of {name!r} matches none of the {len(paths)} adapted "
+                    f"sites, such as {min(paths, default='')!r}. Patterns are anchored at both ends."
+                )
+    if registry.capacity is not None:
+        for pair in pairs.values():
+            check_room(pair, chosen, registry.capacity[0] * registry.capacity[1])
+
+
+def check_room(pair: SerialLoraPair, names: Mapping[str, Weights], room: int) -> None:
+    """Raise AdapterStateError unless the summed rank of these adapters at a pair fits the room reserved there."""
+    ranks = {name: pair.matrices(name)[0].shape[0] for name in names if name in pair.scaling}
+    if sum(ranks.values()) > room:
+        raise AdapterStateError(
+            f"The adapters {ranks} (name: rank) have a summed rank of {sum(ranks.values())}, but capacity is reserved "
+            f"for {room}. Activate fewer, or reserve more with reserve_serial_lora() before compiling."
+        )
+
+
+def check_known(registry: Registry, names: Mapping[str, Weights] | Sequence[str]) -> None:
+    """Raise AdapterStateError unless every name is an adapter of the model."""
+    if unknown := [name for name in names if name not in registry.configs]:
+        raise AdapterStateError(f"Unknown adapter {unknown}; the model has {sorted(registry.configs)}.")
+
+
+def check_not_fused(registry: Registry, what: str) -> None:
+    """Raise AdapterStateError while adapters are fused: beside W (I + sBA) a live pair would multiply, not add."""
+    if registry.fused is not None:
+        raise AdapterStateError(
+            f"Cannot {what} while {sorted(registry.fused.weights)} are fused into the weights: adapters add to the "
+            "base, not to each other. Call unfuse_serial_lora() first."
+        )
+
+
+def check_new_name(registry: Registry, name: str) -> None:
+    """Raise AdapterStateError unless the name is free and fit for a parameter's name."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w(\w|-)*", name):
+        raise AdapterStateError(f"An adapter name is made of letters, digits, '_' and '-'; got {name!r}.")
+    if name in registry.configs:
+        raise AdapterStateError(
+            f"The name {name!r} is taken; the model has {sorted(registry.configs)}. Choose another adapter_name, or "
+            "delete_serial_lora() first."
+        )
+    check_not_fused(registry, "add an adapter")

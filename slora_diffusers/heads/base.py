@@ -1,0 +1,305 @@
+"""A backbone, a head and the one file that holds the adapter in the one and the weights of the other."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.attach import add_serial_lora, unload_serial_lora
+from ..adapters.fuse import fuse_serial_lora
+from ..config import SerialLoraConfig
+from ..core.state import parameters_of, registry_of
+from ..errors import AdapterFileError, AdapterStateError, ArchitectureError, SerialLoraError
+from ..files.fingerprint import describe_base, warn_of_other_base
+from ..files.format import WEIGHT_NAME, AdapterTensors, check_finite, check_hub_arguments, read_adapter
+from ..files.load import Source, load_serial_lora
+from ..files.save import new_header, serial_lora_state_dict, write_state
+from .preprocessing import Preprocessing
+
+
+class SerialLoraWithHead(nn.Module):
+    """A backbone, a head over its features, and what goes into their file."""
+
+    task: ClassVar[str]
+    adapted_part: ClassVar[str] = "backbone"  # what add_serial_lora, serial_lora_scale, ... work on
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        settings: Mapping[str, Any],
+        label_names: Sequence[str],
+        preprocessing: Preprocessing,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.settings = dict(settings)
+        self.label_names = tuple(label_names)
+        self.preprocessing = preprocessing
+        self._fused = False
+        self.needs: str | None = None  # a file beside this model's own, with an adapter of another kind
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.label_names)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the backbone's activations in the backward pass, to save memory."""
+        checkpoint_gradients(self.backbone)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """The same, by the name that transformers' Trainer calls."""
+        self.enable_gradient_checkpointing()
+
+    def fuse(self) -> nn.Module:
+        """Merge the adapter into the backbone for good, `W' = W (I + sBA)`; the model is plain PyTorch from here on.
+
+        Returns:
+            The model itself. Save its `state_dict()`, or the backbone with its own `save_pretrained`.
+        """
+        if getattr(self.backbone, "_serial_lora", None) is not None:
+            fuse_serial_lora(self.backbone)
+            unload_serial_lora(self.backbone)
+            self._fused = True
+        return self
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        weight_name: str = WEIGHT_NAME,
+        dtype: torch.dtype | None = None,
+        is_main_process: bool = True,
+    ) -> Path:
+        """Write adapter, head, label names and preprocessing to one file; see `save_serial_lora`.
+
+        Raises:
+            AdapterFileError: If a weight is not finite; an earlier file of that name is left as it was.
+            AdapterStateError: If the adapter was fused: a file of the head alone would lack it.
+        """
+        if self._fused:
+            raise AdapterStateError(
+                "The adapter is fused into the backbone, which this file does not hold: save before fuse(), or save "
+                "model.state_dict(), or model.backbone with its own save_pretrained."
+            )
+        if getattr(self.backbone, "_serial_lora", None) is not None:
+            adapter = serial_lora_state_dict(self.backbone, adapter_name, "model")
+            if any(weight != 1 for weight in registry_of(self.backbone).active.values()):
+                warnings.warn("Adapters have weights other than 1, which files do not hold.", stacklevel=2)
+        else:
+            adapter = AdapterTensors({}, new_header({}))
+        head = {
+            "task": self.task,
+            "settings": self.settings,
+            "label_names": list(self.label_names),
+            "preprocessing": self.preprocessing.to_dict(),
+            "base": _describe(self.backbone),
+            **({"needs": self.needs} if self.needs else {}),
+        }
+        tensors = {**adapter, **{f"head.{key}": tensor for key, tensor in self.head.state_dict().items()}}
+        state = AdapterTensors(tensors, {**adapter.metadata, "head": head})
+        return write_state(state, save_directory, weight_name, dtype, is_main_process)
+
+    @classmethod
+    def _from_backbone(
+        cls,
+        model_or_id: nn.Module | str | os.PathLike[str],
+        num_labels: int | None,
+        config: SerialLoraConfig | None,
+        settings: dict[str, Any],
+        label_names: Sequence[str] | None,
+        preprocessing: Preprocessing | None,
+        loading: Mapping[str, Any],
+    ) -> Any:
+        names = tuple(label_names) if label_names is not None else tuple(map(str, range(num_labels or 0)))
+        if len(names) < 2 or (num_labels is not None and len(names) != num_labels) or len(set(names)) != len(names):
+            raise SerialLoraError(
+                f"There must be at least two labels, each of its own name: got num_labels={num_labels} and "
+                f"label_names={label_names}."
+            )
+        backbone = cls._open(model_or_id, **loading)
+        if preprocessing is None:
+            preprocessing = Preprocessing.of(model_or_id if not isinstance(model_or_id, nn.Module) else backbone)
+        head = cls._make_head(backbone, len(names), settings, preprocessing)
+        if config is not None:
+            add_serial_lora(backbone, config)
+        else:
+            backbone.requires_grad_(False)
+        return cls(backbone, head, settings, names, preprocessing)
+
+    @staticmethod
+    def _open(
+        model_or_id: nn.Module | str | os.PathLike[str], model_class: str | None = None, **loading: Any
+    ) -> nn.Module:
+        return open_backbone(model_or_id, model_class, **loading)
+
+    @classmethod
+    def _make_head(
+        cls, backbone: nn.Module, classes: int, settings: dict[str, Any], preprocessing: Preprocessing
+    ) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls, source: Source, backbone: nn.Module | str | os.PathLike[str] | None = None, **arguments: Any
+    ) -> Any:
+        """Open what `save_pretrained` wrote, over the base that it was trained on, in eval mode.
+
+        Adapter and head are trainable, the base is frozen, as after `from_backbone`.
+
+        Args:
+            source: File, folder or Hub id.
+            backbone: The base, or its folder or Hub id; by default the one that the file names.
+            **arguments: `weight_name`, `subfolder`, `revision`, ... of the file; the rest goes to the backbone's
+                `from_pretrained`.
+
+        Raises:
+            AdapterFileError: If the file holds no head for this task, or names no base that can be opened.
+        """
+        hub = {key: arguments.pop(key) for key in list(arguments) if _is_hub_argument(key)}
+        tensors = read_adapter(source, **hub)
+        saved = tensors.metadata.get("head")
+        if not saved or saved.get("task") != cls.task:
+            raise AdapterFileError(
+                f"{source} holds {'a head for ' + saved['task'] if saved else 'no head'}, and {cls.__name__} needs one "
+                f"for {cls.task}. An adapter alone goes into a backbone with load_serial_lora()."
+            )
+        if missing := {"base", "settings", "label_names", "preprocessing"} - set(saved):
+            raise AdapterFileError(f"{source} is damaged: its header lacks {', '.join(sorted(missing))} of the head.")
+        base = saved["base"]
+        if saved.get("needs") and not isinstance(backbone, nn.Module):
+            raise AdapterFileError(
+                f"The head of {source} was trained over the adapter in {saved['needs']}, which is not Serial LoRA: "
+                "pass backbone=, a model that has it, or use pipelines/classify_images.py or segment_images.py."
+            )
+        if backbone is None:
+            backbone = _beside(source, base["name"])
+        if backbone is None:
+            raise AdapterFileError(f"{source} does not say where its {base['class']} came from: pass backbone=.")
+        opened = cls._open(backbone, model_class=base["class"], **arguments)
+        if getattr(opened, "_serial_lora", None) is not None:
+            raise AdapterStateError(
+                "The backbone has a Serial LoRA adapter already: pass the base, as it was trained on."
+            )
+        preprocessing = Preprocessing.from_dict(saved["preprocessing"])
+        head = cls._make_head(opened, len(saved["label_names"]), saved["settings"], preprocessing)
+        state = _head_state(head, tensors)
+        if tensors.component_names():
+            load_serial_lora(opened, tensors)
+        else:
+            warn_of_other_base("head", base, _describe(opened), stacklevel=2)
+        head.load_state_dict(state)  # last: a decoder is part of the base, and nothing changes if the file does not fit
+        opened.requires_grad_(False)
+        for trained in (*parameters_of(opened), *head.parameters()):
+            trained.requires_grad_(True)
+        return cls(opened, head, saved["settings"], saved["label_names"], preprocessing).eval()
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Recompute a model's activations in the backward pass, by the name that its library has for it."""
+    if hasattr(model, "enable_gradient_checkpointing"):  # diffusers, and a backbone with a head
+        model.enable_gradient_checkpointing()
+    elif hasattr(model, "set_grad_checkpointing"):  # timm
+        model.set_grad_checkpointing()
+    else:  # transformers; the reentrant kind needs an input that trains
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def open_backbone(
+    model_or_id: nn.Module | str | os.PathLike[str], model_class: str | None = None, **loading: Any
+) -> nn.Module:
+    """A headless vision backbone; of a model with a text tower too, its vision tower, of a SAM its image encoder.
+
+    Raises:
+        SerialLoraError: If there is no such model.
+    """
+    model = open_model(model_or_id, model_class, **loading)
+    towers = {"text_model": "vision_model", "mask_decoder": "vision_encoder"}  # what stands beside: CLIP, SAM
+    tower: Any = next((getattr(model, part, None) for beside, part in towers.items() if hasattr(model, beside)), None)
+    if not isinstance(tower, nn.Module):
+        return model
+    config: Any = tower.config
+    if not getattr(config, "_name_or_path", ""):  # so that a file can name where it came from
+        config._name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return tower
+
+
+def open_model(
+    model_or_id: nn.Module | str | os.PathLike[str], model_class: str | None = None, **loading: Any
+) -> nn.Module:
+    """A model of transformers, opened as `model_class` (by default as AutoModel does), or the one that is given.
+
+    Raises:
+        SerialLoraError: If there is no such model.
+    """
+    if isinstance(model_or_id, nn.Module):
+        return model_or_id
+    import transformers
+
+    loading = {"dtype": torch.float32, **loading, "output_loading_info": True}
+    try:
+        auto = transformers.AutoModel
+        for opener in dict.fromkeys((getattr(transformers, model_class or "", auto), auto)):
+            model, report = opener.from_pretrained(model_or_id, **loading)
+            if len(report["missing_keys"]) < len(model.state_dict()):  # a part of a model may not find its weights
+                return model
+    except (OSError, ValueError) as error:
+        raise SerialLoraError(f"{str(model_or_id)!r} is no model that transformers can open: {error}") from error
+    raise SerialLoraError(f"{str(model_or_id)!r} holds none of the weights of a {type(model).__name__}.")
+
+
+def _describe(backbone: nn.Module) -> dict[str, str | None]:
+    try:
+        return describe_base(backbone)
+    except ArchitectureError:  # no record covers it, so it has no adapter: a head alone needs none
+        name = getattr(getattr(backbone, "config", None), "_name_or_path", None) or None
+        return {"class": type(backbone).__name__, "name": name, "fingerprint": None}
+
+
+def _beside(source: Source, name: str | None) -> str | None:
+    """Where the base is: one whose name begins with ./ lies beside the file."""
+    if name is None or not name.startswith("./"):
+        return name or None
+    path = Path(source) if isinstance(source, str | os.PathLike) else Path()
+    return str((path if path.is_dir() else path.parent) / name)
+
+
+def _is_hub_argument(name: str) -> bool:
+    try:
+        check_hub_arguments({name: None})
+    except TypeError:
+        return False
+    return True
+
+
+def _head_state(head: nn.Module, tensors: AdapterTensors) -> dict[str, Tensor]:
+    state = {key.removeprefix("head."): tensor for key, tensor in tensors.items() if key.startswith("head.")}
+    check_finite(state)
+    wanted = {key: tuple(tensor.shape) for key, tensor in head.state_dict().items()}
+    given = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if wanted != given:
+        wrong = sorted(set(wanted.items()) ^ set(given.items()))[:4]
+        raise AdapterFileError(
+            f"The file's head does not fit the backbone: {wrong} differ. Pass the base it was made for."
+        )
+    return state
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's parameters."""
+    return next(module.parameters()).dtype
+
+
+def probe(backbone: nn.Module, preprocessing: Preprocessing, features: Any) -> Any:
+    """The features of one black image: their widths and number are the backbone's own business."""
+    like = next(backbone.parameters())
+    with torch.no_grad():
+        return features(backbone, torch.zeros(1, 3, *preprocessing.size, dtype=like.dtype, device=like.device))

@@ -1,0 +1,113 @@
+"""Image classification: a linear classifier over any vision backbone that Serial LoRA adapts.
+
+    model = SerialLoraForImageClassification.from_backbone("facebook/dinov2-small", 10, SerialLoraConfig(rank=8))
+    loss = model(pixel_values, labels=labels).loss
+    model.save_pretrained("digits")  # adapter, head, label names and preprocessing: one small file
+
+The pairs sit in the backbone, so that the file's adapter also loads into a plain backbone with `load_serial_lora`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import SerialLoraConfig
+from ..errors import SerialLoraError
+from .backbones import last_features
+from .base import SerialLoraWithHead, dtype_of, probe
+from .preprocessing import Preprocessing
+
+POOLINGS = ("cls", "mean", "both")
+
+
+class SerialLoraForImageClassification(SerialLoraWithHead):
+    """A linear classifier over an adapted backbone: logits = W pool(features) + b.
+
+    Make one with `from_backbone` or `from_pretrained`.
+    """
+
+    task = "image classification"
+
+    @classmethod
+    def from_backbone(
+        cls,
+        model_or_id: nn.Module | str | os.PathLike[str],
+        num_labels: int | None,
+        config: SerialLoraConfig | None,
+        *,
+        pooling: str = "cls",
+        label_names: Sequence[str] | None = None,
+        preprocessing: Preprocessing | None = None,
+        **loading: Any,
+    ) -> SerialLoraForImageClassification:
+        """Put a new head, and a new adapter, on a backbone. Both are trainable, the base is frozen.
+
+        Args:
+            model_or_id: A headless model of transformers or timm, or the folder or Hub id of one of transformers.
+            num_labels: Number of classes; None if `label_names` are given.
+            config: The adapter; None adds none (training the head alone, or another adapter of your own).
+            pooling: What the head reads: "cls" token, "mean" of the patches, or "both" side by side.
+            label_names: Names of the classes; 0, 1, ... by default.
+            preprocessing: Size and normalisation of images; by default what the backbone was pretrained with.
+            **loading: For the backbone's `from_pretrained`; `dtype` is float32 by default.
+
+        Raises:
+            SerialLoraError: If labels or pooling do not fit, or no record covers the backbone.
+        """
+        if pooling not in POOLINGS:
+            raise SerialLoraError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}.")
+        settings = {"pooling": pooling}
+        return cls._from_backbone(model_or_id, num_labels, config, settings, label_names, preprocessing, loading)
+
+    @classmethod
+    def _make_head(
+        cls, backbone: nn.Module, classes: int, settings: dict[str, Any], preprocessing: Preprocessing
+    ) -> nn.Module:
+        token, patches = probe(backbone, preprocessing, last_features)
+        features = pool(token, patches, settings["pooling"])  # (1, d)
+        head = nn.Linear(features.shape[1], classes)
+        nn.init.zeros_(head.weight)  # so that the first step's gradient, not chance, chooses the direction
+        nn.init.zeros_(head.bias)
+        return head
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What the head reads: (B, d), or (B, 2 d) with pooling "both"."""
+        token, patches = last_features(self.backbone, pixel_values)  # (B, d), (B, d, h, w)
+        return pool(token, patches, self.settings["pooling"])
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+        """Logits (B, classes), and the cross-entropy if there are labels.
+
+        Args:
+            pixel_values: (B, 3, H, W), as `preprocessing` gives them.
+            labels: (B,) class indices, or (B, classes) probabilities.
+
+        Returns:
+            transformers' `ImageClassifierOutput`.
+        """
+        from transformers.modeling_outputs import ImageClassifierOutput
+
+        x = self.features(pixel_values)  # (B, d)
+        logits = self.head(x.to(dtype_of(self.head)))  # (B, classes)
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def pool(token: Tensor | None, patches: Tensor, pooling: str) -> Tensor:
+    """One vector per image: the class token (B, d), the mean of the patches (B, d), or both (B, 2 d).
+
+    Raises:
+        SerialLoraError: If the backbone has no class token and the pooling needs one.
+    """
+    mean = patches.mean((2, 3))
+    if pooling == "mean":
+        return mean
+    if token is None:
+        raise SerialLoraError(f'The backbone has no class token, which pooling={pooling!r} reads: use pooling="mean".')
+    return token if pooling == "cls" else torch.cat([token, mean], dim=1)

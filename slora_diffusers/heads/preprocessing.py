@@ -1,0 +1,135 @@
+"""How an image becomes a backbone's input: size, scale and normalisation, saved with the head that expects them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SerialLoraError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_HALF = ((0.5,) * 3, (0.5,) * 3)
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_PRETRAINED_WITH = {"vit": _HALF, "beit": _HALF, "siglip": _HALF, "siglip2": _HALF, "clip": _CLIP}
+"""Mean and standard deviation by the model's type, where the published weights were not trained with ImageNet's."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize to `size`, scale to [0, 1], then (x - mean) / std per channel.
+
+    The whole image is squashed to that size, whatever its shape: nothing is cropped.
+
+    Args:
+        size: Height and width in pixels.
+        mean: Mean per channel of values in [0, 1].
+        std: Standard deviation per channel.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __call__(self, image: Any) -> Tensor:
+        """A PIL image, of any size and mode, as pixel values (3, H, W): upright, transparent parts white."""
+        import numpy as np
+
+        height, width = self.size
+        resized = upright_rgb(image).resize((width, height), 2)  # 2: bilinear, in every version of Pillow
+        return self.normalize(torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1], (..., 3, H, W), as the backbone reads them."""
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return {key: list(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Build one from `to_dict`'s values."""
+        return cls(**{key: tuple(values[key]) for key in ("size", "mean", "std")})
+
+    @classmethod
+    def of(cls, source: nn.Module | str | os.PathLike[str], **hub: Any) -> Preprocessing:
+        """What a backbone was pretrained with: from its folder or Hub repository, else its config and type.
+
+        Args:
+            source: The backbone, or its folder or Hub id.
+            **hub: `revision` and `cache_dir` of a Hub repository.
+
+        Raises:
+            SerialLoraError: If an image's size cannot be known.
+        """
+        if not isinstance(source, nn.Module):
+            from transformers import AutoConfig
+
+            return cls._from_repository(source, **hub) or cls._from_config(AutoConfig.from_pretrained(source, **hub))
+        config: Any = getattr(source, "config", source)  # a model of timm has its pretrained_cfg itself
+        if built_for := getattr(getattr(getattr(source, "timm_model", source), "patch_embed", None), "img_size", None):
+            return replace(cls._from_config(config), size=_size(built_for))  # timm's create_model(..., img_size=)
+        name = getattr(config, "_name_or_path", None)  # of a model that came from a folder or the Hub
+        return (name and cls._from_repository(name, **hub)) or cls._from_config(config)
+
+    @classmethod
+    def _from_repository(cls, source: str | os.PathLike[str], **hub: Any) -> Preprocessing | None:
+        """What the repository's preprocessor_config.json says, or None where there is none."""
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        try:
+            values, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
+        except OSError:
+            return None
+        cropped = values.get("crop_size") if values.get("do_center_crop", True) else None
+        size = cropped or values.get("pad_size") or values.get("size") or 224
+        mean, std = values.get("image_mean") or IMAGENET_MEAN, values.get("image_std") or IMAGENET_STD
+        return cls(_size(size), tuple(mean), tuple(std))
+
+    @classmethod
+    def _from_config(cls, config: Any) -> Preprocessing:
+        if timms := getattr(config, "pretrained_cfg", None):
+            return cls(tuple(timms["input_size"][1:]), tuple(timms["mean"]), tuple(timms["std"]))
+        kind = getattr(config, "model_type", "").removesuffix("_vision_model")
+        mean, std = _PRETRAINED_WITH.get(kind, (IMAGENET_MEAN, IMAGENET_STD))
+        return cls(_size(_image_size(config)), mean, std)
+
+
+def upright_rgb(image: Any) -> Any:
+    """Turn as EXIF says, put transparent pixels on white, and give 8-bit RGB (16-bit grey is scaled, not clipped)."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        largest = values.max(initial=0)
+        top = 1 if image.mode == "F" and largest <= 1 else 255 if largest <= 255 else 65535
+        image = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _image_size(config: Any) -> Any:
+    """A config's size of images, with two towers that of the vision tower; 224 where it does not tell."""
+    for part in ("vision_config", "backbone_config"):  # SAM 2 has both
+        config = getattr(config, part, None) or config
+    return getattr(config, "image_size", None) or 224
+
+
+def _size(value: Any) -> tuple[int, int]:
+    if isinstance(value, Mapping):
+        side = value.get("shortest_edge") or value.get("longest_edge")
+        value = (value.get("height", side), value.get("width", side))
+    height, width = value if isinstance(value, list | tuple) else (value, value)
+    if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
+        raise SerialLoraError(f"The size of an image must be whole numbers of pixels; got {value!r}.")
+    return height, width

@@ -1,0 +1,99 @@
+"""Segmentation by points and boxes: a SAM whose image encoder is adapted, and whose mask decoder may train along.
+
+    model = SerialLoraForPromptableSegmentation.from_sam("facebook/sam-vit-base", SerialLoraConfig(rank=4))
+    loss = model(pixel_values, masks=masks, input_boxes=boxes).loss
+
+The manner is SAMed's (Zhang and Liu, arXiv 2304.13785), with serial pairs for its LoRA. For classes instead of prompts,
+put `SerialLoraForSemanticSegmentation` on the image encoder (`SamVisionModel`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import SerialLoraConfig
+from ..errors import ArchitectureError
+from .base import SerialLoraWithHead, open_model
+from .preprocessing import Preprocessing
+
+
+class SerialLoraForPromptableSegmentation(SerialLoraWithHead):
+    """A SAM or SAM 2: masks of what points and boxes show, by the model's own forward.
+
+    Make one with `from_sam` or `from_pretrained`.
+    """
+
+    task = "promptable segmentation"
+
+    @classmethod
+    def from_sam(
+        cls,
+        model_or_id: nn.Module | str | os.PathLike[str],
+        config: SerialLoraConfig | None,
+        *,
+        decoder: str = "trained",
+        preprocessing: Preprocessing | None = None,
+        **loading: Any,
+    ) -> SerialLoraForPromptableSegmentation:
+        """Put a new adapter on the image encoder; prompt encoder and base stay frozen.
+
+        Args:
+            model_or_id: A `SamModel` or `Sam2Model` of transformers, or its folder or Hub id.
+            config: The adapter; None adds none.
+            decoder: Whether the mask decoder is "trained", and saved in the file, or stays "frozen".
+            preprocessing: Size and normalisation of images; by default the model's own.
+            **loading: For the model's `from_pretrained`.
+
+        Raises:
+            SerialLoraError: If the model has no mask decoder, or an argument does not fit.
+        """
+        if decoder not in ("trained", "frozen"):
+            raise ArchitectureError(f"decoder must be trained or frozen; got {decoder!r}.")
+        names = ("background", "object")
+        model = cls._from_backbone(model_or_id, None, config, {"decoder": decoder}, names, preprocessing, loading)
+        model.head.requires_grad_(True)  # after the adapter froze the whole base
+        return model
+
+    @staticmethod
+    def _open(
+        model_or_id: nn.Module | str | os.PathLike[str], model_class: str | None = None, **loading: Any
+    ) -> nn.Module:
+        model = open_model(model_or_id, model_class, **loading)
+        if not isinstance(getattr(model, "mask_decoder", None), nn.Module):
+            raise ArchitectureError(f"{type(model).__name__} has no mask_decoder, as SAM and SAM 2 do.")
+        return model
+
+    @classmethod
+    def _make_head(
+        cls, backbone: nn.Module, classes: int, settings: dict[str, Any], preprocessing: Preprocessing
+    ) -> nn.Module:
+        # The decoder is the model's own, seen from here too: what trains is what the model's forward uses.
+        return backbone.get_submodule("mask_decoder") if settings["decoder"] == "trained" else nn.Identity()
+
+    def forward(self, pixel_values: Tensor, masks: Tensor | None = None, **prompts: Any) -> Any:
+        """The model's output, with `loss` (binary cross-entropy plus soft Dice) if there are masks.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            masks: What each prompt shows: (B, prompts, h, w) of 0 and 1, at any size.
+            **prompts: `input_points` (B, prompts, points, 2), `input_labels`, `input_boxes` (B, prompts, 4), in pixels.
+
+        Returns:
+            The model's own output; `pred_masks` are logits (B, prompts, 1, h', w').
+        """
+        output = self.backbone(pixel_values=pixel_values, multimask_output=False, **prompts)
+        if masks is not None:
+            logits = F.interpolate(output.pred_masks[:, :, 0].float(), masks.shape[-2:], mode="bilinear")
+            output["loss"] = mask_loss(logits, masks.to(logits))
+        return output
+
+
+def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Binary cross-entropy, plus one minus the mean soft Dice of the masks (B, prompts, h, w)."""
+    p = logits.sigmoid()
+    dice = (2 * (p * masks).sum((2, 3)) + 1) / (p.sum((2, 3)) + masks.sum((2, 3)) + 1)  # (B, prompts)
+    return F.binary_cross_entropy_with_logits(logits, masks) + 1 - dice.mean()

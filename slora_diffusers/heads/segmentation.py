@@ -1,0 +1,156 @@
+"""Semantic segmentation: per-pixel classes from the features of any vision backbone that Serial LoRA adapts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import SerialLoraConfig
+from ..errors import SerialLoraError
+from .backbones import last_features, layer_features
+from .base import SerialLoraWithHead, dtype_of, probe
+from .preprocessing import Preprocessing
+
+SEGMENTATION_HEADS = ("linear", "convolutional")
+IGNORE_INDEX = 255
+"""Label of pixels that count for nothing, as in most segmentation data sets."""
+
+
+class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
+    """Per-pixel classes from the patch features of an adapted backbone.
+
+    Make one with `from_backbone` or `from_pretrained`.
+    """
+
+    task = "semantic segmentation"
+
+    @classmethod
+    def from_backbone(
+        cls,
+        model_or_id: nn.Module | str | os.PathLike[str],
+        num_labels: int | None,
+        config: SerialLoraConfig | None,
+        *,
+        head: str = "linear",
+        layers: Sequence[int] | None = None,
+        width: int = 128,
+        label_names: Sequence[str] | None = None,
+        preprocessing: Preprocessing | None = None,
+        **loading: Any,
+    ) -> SerialLoraForSemanticSegmentation:
+        """Put a new head, and a new adapter, on a backbone. Both are trainable, the base is frozen.
+
+        Args:
+            model_or_id: As for classification.
+            num_labels: Number of classes, background included; None if `label_names` are given.
+            config: The adapter; None adds none.
+            head: "linear" on the last features, or "convolutional" over several layers (`ConvolutionalHead`).
+            layers: Blocks (of hierarchical backbones: stages) that the convolutional head reads, from 0; by default
+                four, evenly spread.
+            width: Channels of the convolutional head.
+            label_names: Names of the classes; 0, 1, ... by default.
+            preprocessing: As for classification.
+            **loading: As for classification.
+
+        Raises:
+            SerialLoraError: If labels, head or layers do not fit, or no record covers the backbone.
+        """
+        if head not in SEGMENTATION_HEADS or width < 1 or (layers is not None and (head == "linear" or not layers)):
+            raise SerialLoraError(
+                f"head must be one of {', '.join(SEGMENTATION_HEADS)}, width at least 1, and layers, one or more, go "
+                f"with the convolutional head only; got head={head!r}, width={width}, layers={layers}."
+            )
+        if len(label_names or ()) > IGNORE_INDEX or (num_labels or 0) > IGNORE_INDEX:
+            raise SerialLoraError(f"At most {IGNORE_INDEX} labels: {IGNORE_INDEX} marks pixels that count for nothing.")
+        settings = {"head": head, "layers": None if layers is None else list(layers), "width": width}
+        return cls._from_backbone(model_or_id, num_labels, config, settings, label_names, preprocessing, loading)
+
+    @classmethod
+    def _make_head(
+        cls, backbone: nn.Module, classes: int, settings: dict[str, Any], preprocessing: Preprocessing
+    ) -> nn.Module:
+        if settings["head"] == "linear":
+            return nn.Conv2d(probe(backbone, preprocessing, last_features)[1].shape[1], classes, 1)
+        maps = probe(backbone, preprocessing, layer_features)
+        if settings["layers"] is None:
+            settings["layers"] = sorted({len(maps) * (i + 1) // 4 - 1 for i in range(4)} - {-1})
+        chosen = probe(backbone, preprocessing, partial(layer_features, layers=settings["layers"]))
+        return ConvolutionalHead([x.shape[1] for x in chosen], settings["width"], classes)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+        """Logits (B, classes, H, W) at the size of the input, and the cross-entropy if there are labels.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            labels: (B, H', W') class indices, at any size; pixels of 255 count for nothing.
+
+        Returns:
+            transformers' `SemanticSegmenterOutput`.
+        """
+        from transformers.modeling_outputs import SemanticSegmenterOutput
+
+        dtype = dtype_of(self.head)
+        if self.settings["head"] == "linear":
+            x = self.head(last_features(self.backbone, pixel_values)[1].to(dtype))  # (B, classes, h, w)
+        else:
+            maps = layer_features(self.backbone, pixel_values, self.settings["layers"])
+            x = self.head([x.to(dtype) for x in maps])  # (B, classes, 4 h, 4 w)
+        logits = F.interpolate(x.float(), pixel_values.shape[-2:], mode="bilinear")  # (B, classes, H, W)
+        loss = None
+        if labels is not None:
+            same = labels.shape[-2:] == logits.shape[-2:]
+            sized = logits if same else F.interpolate(x.float(), labels.shape[-2:], mode="bilinear")
+            loss = pixel_cross_entropy(sized, labels)
+        return SemanticSegmenterOutput(loss=loss, logits=logits)
+
+
+class ConvolutionalHead(nn.Module):
+    """Levels norm'd, projected and summed, then two steps of convolution and upsampling by 2.
+
+    The sum over layers is SETR-MLA's, the progressive upsampling SETR-PUP's (Zheng et al., arXiv 2012.15840).
+    """
+
+    def __init__(self, widths: Sequence[int], width: int, classes: int) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Sequential(_Norm(d), nn.Conv2d(d, width, 1)) for d in widths)
+        self.steps = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), _Norm(width), nn.GELU()) for _ in range(2)
+        )
+        self.classifier = nn.Conv2d(width, classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, d_i, h_i, w_i) -> logits (B, classes, 4 h, 4 w), with h and w of the finest level."""
+        size = max((x.shape[-2:] for x in maps), key=lambda s: s[0])
+        levels = [level(x) for level, x in zip(self.levels, maps, strict=True)]
+        x = sum(F.interpolate(y, size, mode="bilinear") for y in levels)  # (B, width, h, w)
+        for step in self.steps:
+            x = F.interpolate(step(x), scale_factor=2, mode="bilinear")
+        return self.classifier(x)
+
+
+class _Norm(nn.LayerNorm):
+    """LayerNorm over the channels of a map (B, d, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def pixel_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of the pixels that count, each with the weight of its class; 0 where none counts.
+
+    Args:
+        logits: (B, classes, H, W).
+        labels: (B, H, W); 255 counts for nothing.
+        weights: Weight of each class, (classes,).
+    """
+    labels = labels.long()
+    counted = labels != IGNORE_INDEX
+    total = counted.sum() if weights is None else (weights[labels.where(counted, 0)] * counted).sum()
+    loss = F.cross_entropy(logits, labels, weights, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss / total.clamp_min(torch.finfo(torch.float32).tiny)  # PyTorch's own mean is 0 / 0 there

@@ -1,0 +1,67 @@
+"""Where serial pairs sit: one record per family of models, matched by class name and importing nothing.
+
+A *site* is a module whose forward reads the tensors to adapt, almost always an attention. A *pair* belongs to one
+site, transforms one or more of its inputs and feeds the named projections. Inject, fuse, export, counting and the
+tests are all driven by these records; `register_architecture` adds one for a model of your own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ArchitectureError
+from . import RECORDS
+from .base import OPTIONAL_PAIRS, Architecture, Pair
+
+__all__ = [
+    "ARCHITECTURES",
+    "OPTIONAL_PAIRS",
+    "REFUSED",
+    "Architecture",
+    "Pair",
+    "check_config",
+    "register_architecture",
+]
+
+ARCHITECTURES: dict[str, Architecture] = {}
+"""Model class name -> its record."""
+
+REFUSED: dict[str, str] = {}
+"""Model class name -> why no pair can serve it exactly. Empty: every transformer of diffusers 0.42 has a record."""
+
+
+def register_architecture(record: Architecture) -> Architecture:
+    """Add a record for a family of models, or replace the one its class names have.
+
+    Args:
+        record: The family's class names and sites.
+
+    Returns:
+        The record, so that the call can stand where it is defined.
+
+    Raises:
+        ArchitectureError: If the record names no model, no site, or a site without a pair.
+    """
+    if not record.models or not record.sites or not all(record.sites.values()):
+        raise ArchitectureError(
+            f"The record {record.family!r} needs at least one model class name and one site, and every site a pair; "
+            f"got models={record.models!r}, sites={dict(record.sites)!r}."
+        )
+    for model in record.models:
+        ARCHITECTURES[model] = record
+    return record
+
+
+def check_config(record: Architecture, config: Any) -> None:
+    """Raise ArchitectureError unless a model's config (a mapping or an object) has what its record requires."""
+    for key, wanted in record.requires.items():
+        given = config.get(key, wanted) if hasattr(config, "get") else getattr(config, key, wanted)
+        if given != wanted:
+            raise ArchitectureError(
+                f"The record {record.family!r} holds for {key}={wanted!r} only, and this model has {key}={given!r}: "
+                "its attentions read other inputs. Register a record for it with register_architecture()."
+            )
+
+
+for _record in RECORDS:
+    register_architecture(_record)

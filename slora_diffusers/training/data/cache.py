@@ -1,0 +1,205 @@
+"""Latents and text embeddings, encoded once: keyed by content and by everything that made them.
+
+An entry's key holds the pixels (or the caption), the shape, the flip and the encoder's config and weights, so an edited
+caption, another resolution or another VAE is a new key, and nothing stale is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...errors import SerialLoraError
+from ..randomness import randn
+from .batches import Batch, Fetch, Shape
+from .images import Item, to_pixels
+
+Tensors = dict[str, Tensor]
+_WEIGHTS_PER_TENSOR = 1024  # how many values of each weight go into a model's key
+
+
+def key_of(*parts: Any) -> str:
+    """A hexadecimal key of JSON-able parts, bytes and tensors."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
+        digest.update(b"\x00")
+    return digest.hexdigest()[:40]
+
+
+def model_key(model: nn.Module) -> str:
+    """A key of a model: its class, config, and an even sample of each weight."""
+    config = getattr(model, "config", {})
+    config = dict(config) if isinstance(config, Mapping) else getattr(config, "to_dict", dict)()
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    for name, weight in model.state_dict().items():
+        if isinstance(weight, Tensor) and weight.numel():
+            stride = -(-weight.numel() // _WEIGHTS_PER_TENSOR)
+            digest.update(f"{name}{tuple(weight.shape)}{key_of(weight.flatten()[::stride])}".encode())
+    return digest.hexdigest()[:40]
+
+
+class TensorCache:
+    """Named tensors by key, one safetensors file each; in memory where `folder` is None."""
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self._memory: dict[str, Tensors] = {}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __contains__(self, key: str) -> bool:
+        return self._path(key).exists() if self.folder is not None else key in self._memory
+
+    def __getitem__(self, key: str) -> Tensors:
+        if self.folder is None:
+            return self._memory[key]
+        try:
+            return load_file(self._path(key))
+        except (OSError, SafetensorError) as error:
+            raise SerialLoraError(f"{self._path(key)} is damaged ({error}): delete it, to be made anew.") from error
+
+    def __setitem__(self, key: str, tensors: Tensors) -> None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if self.folder is None:
+            self._memory[key] = tensors
+            return
+        # Another process may write the same entry: each writes its own file, and the last rename wins.
+        temporary = self._path(key).with_suffix(f".{os.getpid()}.tmp")
+        save_file(tensors, temporary)
+        os.replace(temporary, self._path(key))
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key}.safetensors"
+
+
+def cache_texts(
+    cache: TensorCache, texts: Iterable[str], encode: Callable[[str], Tensors], maker: str
+) -> dict[str, str]:
+    """Encode every text that the cache lacks; gives each text's key.
+
+    Args:
+        cache: Where the embeddings go.
+        texts: Captions, prompts, the empty prompt.
+        encode: One text to named tensors without a batch dimension.
+        maker: Key of what makes them (text encoders, lengths).
+    """
+    keys = {text: key_of("text", maker, text) for text in texts}
+    for text, key in keys.items():
+        if key not in cache:
+            cache[key] = encode(text)
+    return keys
+
+
+class PixelReader:
+    """Fetches pixels, cut and flipped afresh at every draw."""
+
+    def __init__(self, crop: bool = False, flip: bool = False) -> None:
+        self.crop, self.flip = crop, flip
+
+    def __call__(self, item: Item, shape: Shape, draw: torch.Generator) -> Tensor:
+        """Pixels (3, H, W) in [-1, 1]."""
+        return to_pixels(item.read(), shape, draw, self.crop, self.flip)
+
+
+class MomentReader:
+    """Fetches the cached moments of latents, of the image or of its mirror image.
+
+    Args:
+        cache: Where the moments are.
+        vae: The VAE that made them; only its key is kept.
+        flip: Mirror half of the draws.
+    """
+
+    def __init__(self, cache: TensorCache, vae: nn.Module, flip: bool = False) -> None:
+        self.cache, self.maker, self.flip = cache, model_key(vae), flip
+        self._contents: dict[str, str] = {}
+
+    def __call__(self, item: Item, shape: Shape, draw: torch.Generator) -> Tensor:
+        """Moments (2 C, h, w)."""
+        mirrored = self.flip and bool(torch.rand(1, generator=draw) < 0.5)
+        return self.cache[self._key(item, shape, mirrored)]["moments"]
+
+    def fill(self, items: Sequence[Item], shapes: Sequence[Iterable[Shape]], vae: nn.Module) -> None:
+        """Encode what is not there yet: each item at each of its shapes."""
+        for item, own_shapes in zip(items, shapes, strict=True):
+            picture = item.read()
+            for shape in own_shapes:
+                for mirrored in (False, True) if self.flip else (False,):
+                    key = self._key(item, shape, mirrored, picture)
+                    if key not in self.cache:
+                        pixels = to_pixels(picture, shape)[None]
+                        pixels = pixels.flip(-1) if mirrored else pixels
+                        self.cache[key] = {"moments": encode_moments(vae, pixels)[0]}
+
+    def _key(self, item: Item, shape: Shape, mirrored: bool, picture: Image.Image | None = None) -> str:
+        if item.name not in self._contents:
+            picture = item.read() if picture is None else picture
+            self._contents[item.name] = key_of(picture.tobytes(), picture.size)
+        return key_of("latent", self.maker, self._contents[item.name], shape, mirrored)
+
+
+class Latents:
+    """Clean latents of batches: from the VAE at every step, or from its moments, cached once.
+
+    Args:
+        vae: Encodes pixels; frozen.
+        cache: Where moments are kept, or None to encode anew.
+        crop: Cut at random places (without a cache only).
+        flip: Mirror half of the draws.
+        device: Where latents go.
+    """
+
+    def __init__(self, vae: nn.Module, cache: TensorCache | None, crop: bool, flip: bool, device: torch.device) -> None:
+        self.vae, self.device = vae.requires_grad_(False).eval(), device
+        self.config: Mapping[str, Any] = dict(vae.config)  # type: ignore[arg-type]
+        self.fetch: Fetch = PixelReader(crop, flip) if cache is None else MomentReader(cache, vae, flip)
+
+    def fill(self, items: Sequence[Item], shapes: Sequence[Iterable[Shape]]) -> None:
+        """Encode what the cache lacks, if there is one."""
+        if isinstance(self.fetch, MomentReader):
+            self.fetch.fill(items, shapes, self.vae)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """z_0, (B, C, h, w) in fp32."""
+        inputs = batch.inputs.to(self.device)
+        moments = inputs if isinstance(self.fetch, MomentReader) else encode_moments(self.vae, inputs)
+        return sample_latents(moments, self.config, batch.draws("latents"))
+
+
+@torch.no_grad()
+def encode_moments(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """Mean and log-variance of the latents of pixels (B, 3, H, W): (B, 2 C, h, w)."""
+    parameter = next(vae.parameters())
+    encode: Any = vae.encode
+    encoded = encode(pixels.to(parameter.device, parameter.dtype))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.parameters.float()
+    latents = encoded.latents.float()  # AutoencoderTiny gives a point: a variance of practically zero
+    return torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
+
+
+def sample_latents(moments: Tensor, vae_config: Mapping[str, Any], draws: Sequence[torch.Generator]) -> Tensor:
+    """z_0 = (z - shift_factor) scaling_factor with z ~ N(mean, variance), from moments (B, 2 C, h, w)."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    z = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * randn(draws, mean)
+    return (z - (vae_config.get("shift_factor") or 0.0)) * vae_config.get("scaling_factor", 1.0)
+
+
+def vae_factor(vae: Any) -> int:
+    """Pixels per latent, along a side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)

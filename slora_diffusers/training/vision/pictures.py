@@ -1,0 +1,52 @@
+"""Pictures of a segmentation over its image, with the names of the classes beside their colours."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ...heads.segmentation import IGNORE_INDEX
+
+
+def palette(classes: int) -> np.ndarray:
+    """A colour per class, (classes, 3) of uint8: the first (background) black, the others far apart in hue."""
+    hues = [(i * 0.618034) % 1 for i in range(classes - 1)]  # the golden ratio keeps any number of hues apart
+    colours = [colorsys.hsv_to_rgb(hue, 0.9, 1.0) for hue in hues]
+    return np.array([(0, 0, 0), *(tuple(round(255 * c) for c in colour) for colour in colours)], np.uint8)
+
+
+def blend(image: Image.Image, mask: np.ndarray, classes: int, opacity: float) -> Image.Image:
+    """The image with the classes of its mask (H, W) in colour; the first, and pixels of 255, are left clear."""
+    coloured = (mask != 0) & (mask != IGNORE_INDEX)
+    pixels = np.asarray(image.convert("RGB")).astype(np.float64)
+    paint = palette(classes)[np.where(coloured, mask, 0)]
+    mixed = np.where(coloured[..., None], (1 - opacity) * pixels + opacity * paint, pixels)
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def overlay(image: Image.Image, mask: np.ndarray, names: Sequence[str], opacity: float = 0.55) -> Image.Image:
+    """The image with its classes in colour (the first is left clear), and a legend of those that occur below.
+
+    Args:
+        image: An RGB image.
+        mask: Class of each pixel, (H, W); 255 is left clear.
+        names: Names of the classes.
+        opacity: Weight of the colours, from 0 to 1.
+    """
+    colours, mixed = palette(len(names)), blend(image, mask, len(names), opacity)
+    present = [i for i in range(1, len(names)) if (mask == i).any()]
+    row = max(14, image.height // 40)  # pixels of one line of the legend
+    font = ImageFont.load_default(round(0.8 * row))
+    width = max([image.width, *(row + 6 + math.ceil(font.getlength(names[i])) for i in present)])
+    picture = Image.new("RGB", (width, image.height + row * len(present)), "white")
+    picture.paste(mixed, (0, 0))
+    draw = ImageDraw.Draw(picture)
+    for number, i in enumerate(present):
+        y = image.height + number * row
+        draw.rectangle((2, y + 2, row - 3, y + row - 3), fill=tuple(int(c) for c in colours[i]))
+        draw.text((row + 2, y + row // 2), names[i], fill="black", font=font, anchor="lm")
+    return picture
