@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 import slora_diffusers as sl
+from slora_diffusers.core.state import pairs_of
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.ops import count_ops
 from tests.tiny.models import TINY
@@ -114,7 +115,7 @@ def test_weights_per_site_use_patterns_anchored_at_both_ends():
     model = tiny.build()
     add_random_adapter(model, "a0", seed=0, rank=2)
     sl.set_serial_lora(model, "a0", {r"transformer_blocks\.1\..*": 0.0})
-    gains = {key: pair.gains for key, pair in sl.registry.pairs_of(model).items()}
+    gains = {key: pair.gains for key, pair in pairs_of(model).items()}
     off = [key for key, gain in gains.items() if not gain]
     assert off == ["transformer_blocks.1.attn1.serial_lora.hidden_states"]
     sl.set_serial_lora(model, "a0", {r".*\.attn1": 0.0})
@@ -158,7 +159,7 @@ def test_adapters_go_without_a_trace(name, how):
     with sl.serial_lora_scale(model, 0.5):
         output_of(model, tiny)
     held = [weakref.ref(p) for p in sl.serial_lora_parameters(model)]
-    held += [weakref.ref(pair) for pair in sl.registry.pairs_of(model).values()]
+    held += [weakref.ref(pair) for pair in pairs_of(model).values()]
     assert held
     if how == "unload":
         sl.unload_serial_lora(model)
