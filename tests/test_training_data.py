@@ -16,10 +16,9 @@ from slora_diffusers.training.data.cache import (
     TensorCache,
     cache_texts,
     encode_moments,
-    key_of,
-    model_key,
     sample_latents,
 )
+from slora_diffusers.training.data.identity import key_of, model_key
 from slora_diffusers.training.data.images import find_classes, find_images, from_dataset, read_image, to_pixels
 from tests.tiny.pipelines import tiny_vae
 

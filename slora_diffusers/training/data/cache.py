@@ -6,15 +6,13 @@ caption, another resolution or another VAE is a new key, and nothing stale is ev
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,34 +20,10 @@ from torch import Tensor, nn
 from ...errors import SerialLoraError
 from ..randomness import randn
 from .batches import Batch, Fetch, Shape
+from .identity import key_of, library_versions, model_key
 from .images import Item, to_pixels
 
 Tensors = dict[str, Tensor]
-_WEIGHTS_PER_TENSOR = 1024  # how many values of each weight go into a model's key
-
-
-def key_of(*parts: Any) -> str:
-    """A hexadecimal key of JSON-able parts, bytes and tensors."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
-        digest.update(b"\x00")
-    return digest.hexdigest()[:40]
-
-
-def model_key(model: nn.Module) -> str:
-    """A key of a model: its class, config, and an even sample of each weight."""
-    config = getattr(model, "config", {})
-    config = dict(config) if isinstance(config, Mapping) else getattr(config, "to_dict", dict)()
-    config = {name: value for name, value in config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    for name, weight in model.state_dict().items():
-        if isinstance(weight, Tensor) and weight.numel():
-            stride = -(-weight.numel() // _WEIGHTS_PER_TENSOR)
-            digest.update(f"{name}{tuple(weight.shape)}{key_of(weight.flatten()[::stride])}".encode())
-    return digest.hexdigest()[:40]
 
 
 class TensorCache:
@@ -64,6 +38,9 @@ class TensorCache:
     def __contains__(self, key: str) -> bool:
         return self._path(key).exists() if self.folder is not None else key in self._memory
 
+    def __len__(self) -> int:
+        return len(self._memory) if self.folder is None else sum(1 for _ in self.folder.glob("*.safetensors"))
+
     def __getitem__(self, key: str) -> Tensors:
         if self.folder is None:
             return self._memory[key]
@@ -77,8 +54,8 @@ class TensorCache:
         if self.folder is None:
             self._memory[key] = tensors
             return
-        # Another process may write the same entry: each writes its own file, and the last rename wins.
-        temporary = self._path(key).with_suffix(f".{os.getpid()}.tmp")
+        # Another process, on any machine, may write the same entry: each its own file, and the last rename wins.
+        temporary = self._path(key).with_suffix(f".{uuid.uuid4().hex}.tmp")
         save_file(tensors, temporary)
         os.replace(temporary, self._path(key))
 
@@ -90,15 +67,15 @@ class TensorCache:
 def cache_texts(
     cache: TensorCache, texts: Iterable[str], encode: Callable[[str], Tensors], maker: str
 ) -> dict[str, str]:
-    """Encode every text that the cache lacks; gives each text's key.
+    """Encode every text that the cache lacks; returns each text's key.
 
     Args:
         cache: Where the embeddings go.
         texts: Captions, prompts, the empty prompt.
         encode: One text to named tensors without a batch dimension.
-        maker: Key of what makes them (text encoders, lengths).
+        maker: Key of what makes them (text encoders, tokenizers, lengths).
     """
-    keys = {text: key_of("text", maker, text) for text in texts}
+    keys = {text: key_of("text", library_versions(), maker, text) for text in texts}
     for text, key in keys.items():
         if key not in cache:
             cache[key] = encode(text)
@@ -126,8 +103,8 @@ class MomentReader:
     """
 
     def __init__(self, cache: TensorCache, vae: nn.Module, flip: bool = False) -> None:
-        self.cache, self.maker, self.flip = cache, model_key(vae), flip
-        self._contents: dict[str, str] = {}
+        self.cache, self.flip = cache, flip
+        self.maker = key_of(library_versions(), model_key(vae))
 
     def __call__(self, item: Item, shape: Shape, draw: torch.Generator) -> Tensor:
         """Moments (2 C, h, w)."""
@@ -137,20 +114,19 @@ class MomentReader:
     def fill(self, items: Sequence[Item], shapes: Sequence[Iterable[Shape]], vae: nn.Module) -> None:
         """Encode what is not there yet: each item at each of its shapes."""
         for item, own_shapes in zip(items, shapes, strict=True):
+            views = [
+                (shape, mirrored) for shape in own_shapes for mirrored in ((False, True) if self.flip else (False,))
+            ]
+            if not (missing := [view for view in views if self._key(item, *view) not in self.cache]):
+                continue
             picture = item.read()
-            for shape in own_shapes:
-                for mirrored in (False, True) if self.flip else (False,):
-                    key = self._key(item, shape, mirrored, picture)
-                    if key not in self.cache:
-                        pixels = to_pixels(picture, shape)[None]
-                        pixels = pixels.flip(-1) if mirrored else pixels
-                        self.cache[key] = {"moments": encode_moments(vae, pixels)[0]}
+            for shape, mirrored in missing:
+                pixels = to_pixels(picture, shape)[None]
+                pixels = pixels.flip(-1) if mirrored else pixels
+                self.cache[self._key(item, shape, mirrored)] = {"moments": encode_moments(vae, pixels)[0]}
 
-    def _key(self, item: Item, shape: Shape, mirrored: bool, picture: Image.Image | None = None) -> str:
-        if item.name not in self._contents:
-            picture = item.read() if picture is None else picture
-            self._contents[item.name] = key_of(picture.tobytes(), picture.size)
-        return key_of("latent", self.maker, self._contents[item.name], shape, mirrored)
+    def _key(self, item: Item, shape: Shape, mirrored: bool) -> str:
+        return key_of("latent", self.maker, item.content, list(shape), mirrored)
 
 
 class Latents:

@@ -11,8 +11,8 @@ import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...errors import SerialLoraError
 from ...heads.preprocessing import upright_rgb
+from .identity import key_of
 
 logger = logging.getLogger(__name__)
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -39,6 +40,12 @@ class Item:
     size: tuple[int, int]
     caption: str = ""
     label: int = 0
+
+    @cached_property
+    def content(self) -> str:
+        """Key of the pixels: what tells one image from another. Names do not, for 0.png is in many folders."""
+        image = self.read()
+        return key_of(image.mode, list(image.size), image.tobytes())
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,34 @@ def read_image(path: Path) -> Image.Image:
         raise SerialLoraError(f"{path} cannot be read as an image: {error}. Replace or remove it.") from error
 
 
+def read_tag(path: Path, name: str) -> str | None:
+    """A text that was written into a PNG file, or None."""
+    with Image.open(path) as image:
+        return image.info.get(name)
+
+
+def uncaptioned(folder: str | Path, captions: Mapping[str, str] | None = None) -> Found:
+    """The images of one folder, those alone that `captions` names if it is given, with empty captions.
+
+    Raises:
+        SerialLoraError: If the folder is missing or holds no usable image.
+    """
+    folder = _folder(folder)
+    inside = [folder / name for name in captions or () if "/" in name]
+    items, skipped = _read_all(folder, [*_files(folder), *sorted(inside)], captions)
+    skipped += [
+        (path.name, "a folder, and no metadata names an image in it")
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not any(path in image.parents for image in inside)
+    ]
+    if not items:
+        raise SerialLoraError(
+            f"{folder} holds no usable image: {_list(skipped) or 'it is empty'}. "
+            f"Files with these endings are read: {', '.join(sorted(SUFFIXES))}."
+        )
+    return Found(items, skipped)
+
+
 def find_images(folder: str | Path, captions: Mapping[str, str] | None = None, prompt: str | None = None) -> Found:
     """The images of one folder. A caption comes from metadata.jsonl, else from a .txt beside the image, else `prompt`.
 
@@ -85,20 +120,9 @@ def find_images(folder: str | Path, captions: Mapping[str, str] | None = None, p
     """
     folder = _folder(folder)
     captions = _metadata(folder) if captions is None else captions
-    inside = [folder / name for name in captions or () if "/" in name]
-    items, skipped = _read_all(folder, [*_files(folder), *sorted(inside)], captions)
-    skipped += [
-        (path.name, "a folder, and no metadata names an image in it")
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and not any(path in image.parents for image in inside)
-    ]
-    if not items:
-        raise SerialLoraError(
-            f"{folder} holds no usable image: {_list(skipped) or 'it is empty'}. "
-            f"Files with these endings are read: {', '.join(sorted(SUFFIXES))}."
-        )
+    found = uncaptioned(folder, captions)
     captioned = []
-    for item in items:
+    for item in found.items:
         text = (folder / item.name).with_suffix(".txt")
         caption = captions[item.name] if captions is not None else prompt
         if captions is None and text.exists():
@@ -108,8 +132,8 @@ def find_images(folder: str | Path, captions: Mapping[str, str] | None = None, p
                 f"{folder / item.name} has no caption. Give --instance_prompt, a file {text.name} beside it, or a "
                 "metadata.jsonl."
             )
-        captioned.append(Item(item.name, item.read, item.size, caption))
-    return Found(captioned, skipped)
+        captioned.append(replace(item, caption=caption))
+    return Found(captioned, found.skipped)
 
 
 def find_classes(folder: str | Path, ids: Callable[[str], int | None]) -> Found:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ from PIL import Image
 
 from ...errors import SerialLoraError
 from ..data.batches import Batch, bucket_shapes
-from ..data.cache import TensorCache, Tensors, cache_texts, key_of, model_key, vae_factor
-from ..data.images import SUFFIXES, Item, find_images, from_dataset
+from ..data.cache import TensorCache, Tensors, cache_texts, vae_factor
+from ..data.identity import key_of, pipeline_key
+from ..data.images import Item, find_images, from_dataset
 from ..data.labelled import open_dataset
 from ..options import Group, switch, value
-from ..randomness import generator
 from ..run import Run
+from .class_images import ClassImages
 from .samples import Samples, evenly_spread
 from .validation import sample_generators
 
@@ -37,6 +36,8 @@ TEXT_TO_IMAGE: Group = (
     ("num_class_images", value(int, 100, "How many class images there are to be.")),
     ("prior_loss_weight", value(float, 1.0, "Weight of the class images' loss.")),
     ("sample_batch_size", value(int, 4, "Class images that are drawn at a time.")),
+    ("class_inference_steps", value(int, None, "Sampling steps of the class images; the pipeline's own by default.")),
+    ("class_guidance_scale", value(float, None, "Guidance scale of the class images; the pipeline's own by default.")),
     ("proportion_empty_prompts", value(float, 0.0, "Share of samples that get the empty prompt.")),
     ("max_sequence_length", value(int, None, "Tokens of the T5 encoder; the model's own by default.")),
     ("validation_prompt", value(str, None, "Prompt of the validation images; the first caption by default.")),
@@ -66,41 +67,12 @@ def find_instances(options: argparse.Namespace) -> tuple[list[Item], list[Item]]
     return items, unseen
 
 
-def find_class_images(run: Run, draw: Callable[[int, list[torch.Generator]], Sequence[Any]]) -> list[Item]:
-    """The class images of a run with prior preservation (none without); missing ones are drawn first.
-
-    Args:
-        run: Knows the options and the processes.
-        draw: Draws a number of images of the class, from as many generators.
-    """
-    options = run.options
-    if not options.with_prior_preservation:
-        return []
-    folder = Path(options.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    has_images = any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
-    there = len(find_images(folder, prompt="").items) if has_images else 0
-    free = (number for number in count() if not (folder / f"class-{number:05d}.png").exists())
-    missing = list(islice(free, max(0, options.num_class_images - there)))
-    run.accelerator.wait_for_everyone()  # every process has counted before any of them adds to the folder
-    (numbers,) = run.share(missing)
-    for start in range(0, len(numbers), options.sample_batch_size):
-        chosen = numbers[start : start + options.sample_batch_size]
-        draws = [generator(options.seed, "class image", number) for number in chosen]
-        for number, image in zip(chosen, draw(len(chosen), draws), strict=True):
-            half = folder / f".class-{number:05d}.tmp"
-            image.save(half, "png")
-            os.replace(half, folder / f"class-{number:05d}.png")
-    run.accelerator.wait_for_everyone()
-    return find_images(folder, captions=_Always(options.class_prompt)).items[: options.num_class_images]
-
-
 class Texts:
     """Text embeddings, encoded once and read from the cache; the encoders can go after `fill`.
 
     Args:
         run: Knows the options and the processes.
-        pipe: The pipeline; its text encoders are part of the cache's keys.
+        pipe: The pipeline; all but its transformer, VAE and scheduler is part of the cache's keys.
         encode: One text to named tensors, each with a batch dimension of 1, named as the pipeline's arguments.
         length: Tokens of the T5 encoder.
     """
@@ -109,9 +81,8 @@ class Texts:
         options = run.options
         self._run, self._encode = run, encode
         self._cache = TensorCache(options.encodings_dir or run.output_dir / "cache")
-        encoders = [pipe.components.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-        made_by = [None if encoder is None else model_key(encoder) for encoder in encoders]
-        self._maker = key_of(made_by, length, str(run.weight_dtype))
+        # All that may shape an embedding: encoders and their adapters, tokenizers, processors, the pipeline's settings.
+        self._maker = key_of(pipeline_key(pipe, "transformer", "vae", "scheduler"), length, str(run.weight_dtype))
         self._keys: dict[str, str] = {}
 
     def fill(self, texts: Iterable[str]) -> None:
@@ -174,9 +145,8 @@ class Subject:
         largest = getattr(config, "pos_embed_max_size", None)
         if largest and max(max(shape) for shape in self.shapes) > largest * token:
             raise SerialLoraError(f"the transformer takes at most {largest * token} pixels a side: lower --resolution.")
-        steps = options.validation_inference_steps
-        self._settings = {"num_inference_steps": steps, "height": height, "width": width, **settings}
-        self._prior = find_class_images(run, self._draw_class)
+        self._settings = {"height": height, "width": width, **settings}
+        self._prior = self._class_images() if options.with_prior_preservation else []
         self.prompt = options.validation_prompt or items[0].caption
         self.texts = Texts(run, pipe, encode, length)
         self.texts.fill([item.caption for item in (*items, *unseen, *self._prior)] + [self.prompt, ""])
@@ -193,31 +163,27 @@ class Subject:
             **positive,
             **{f"negative_{name}": tensor for name, tensor in negative.items()},
             negative_prompt=None,  # PixArt's is "" by default, and goes with prompts only
+            num_inference_steps=options.validation_inference_steps,
             guidance_scale=options.validation_guidance_scale,
             generator=sample_generators(options.seed, count),
             **self._settings,
         ).images
 
-    def _draw_class(self, count: int, draws: list[torch.Generator]) -> list[Image.Image]:
-        with self._run.accelerator.autocast():  # the VAE is fp32
-            return self._pipe([self._run.options.class_prompt] * count, generator=draws, **self._settings).images
+    def _class_images(self) -> list[Item]:
+        options = self._run.options
+        chosen = {"num_inference_steps": options.class_inference_steps, "guidance_scale": options.class_guidance_scale}
+        settings = {**self._settings, **{name: value for name, value in chosen.items() if value is not None}}
+
+        def draw(count: int, draws: list[torch.Generator]) -> list[Image.Image]:
+            with self._run.accelerator.autocast():  # the VAE is fp32
+                return self._pipe([options.class_prompt] * count, generator=draws, **settings).images
+
+        made_by = key_of("class image", options.class_prompt, pipeline_key(self._pipe), settings)
+        place = (Path(options.class_data_dir), options.class_prompt, options.num_class_images)
+        return ClassImages(*place, made_by).complete(self._run, draw)
 
 
 def free(pipe: Any, names: Iterable[str]) -> None:
     """Drop components of a pipeline and the memory that they hold."""
     pipe.register_modules(**dict.fromkeys(names))
     free_memory()
-
-
-class _Always(dict[str, str]):
-    """Any name to the same caption."""
-
-    def __init__(self, caption: str) -> None:
-        super().__init__()
-        self._caption = caption
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-    def __missing__(self, name: str) -> str:
-        return self._caption
