@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .core.pair import check_init
+from .core.patterns import check_patterns, matches
 from .errors import SerialLoraError
+
+LARGEST_RANK = 2**16
+MOST_ENTRIES = 4096
 
 
 @dataclass(frozen=True)
@@ -51,22 +54,28 @@ class SerialLoraConfig:
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise SerialLoraError(
+                    f"{name} must map regular expressions of sites to numbers; got {getattr(self, name)!r}."
+                )
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise SerialLoraError(f"rank must be a whole number of at least 1; got {rank!r} for {name!r}.")
+            if rank > LARGEST_RANK:
+                raise SerialLoraError(f"rank must be at most {LARGEST_RANK}; got {rank!r} for {name!r}.")
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):
+            if alpha is not None and not is_number(alpha):
                 raise SerialLoraError(f"alpha must be a finite number or None; got {alpha!r} for {name!r}.")
-        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise SerialLoraError(f"dropout must lie in [0, 1); got {self.dropout!r}.")
+        if not isinstance(self.rslora, bool):
+            raise SerialLoraError(f"rslora must be True or False; got {self.rslora!r}.")
         check_init(self.init)
         for name, kind in {"inputs": str, "targets": str, "exclude": str, "layers": int}.items():
-            values = _as_tuple(getattr(self, name))
-            if not all(isinstance(value, kind) for value in values or ()):
-                raise SerialLoraError(f"{name} must be None, or one or several of {kind.__name__}; got {values!r}.")
-            object.__setattr__(self, name, values)
-        for pattern in (*(self.targets or ()), *(self.exclude or ()), *self.rank_pattern, *self.alpha_pattern):
-            compile_pattern(pattern)
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name), kind))
+        patterns = (*(self.targets or ()), *(self.exclude or ()), *self.rank_pattern, *self.alpha_pattern)
+        check_patterns(patterns, "The config")
 
     def selects(self, path: str) -> bool:
         """Whether the site at `path` is among `targets` and `layers`, and not in `exclude`."""
@@ -106,25 +115,28 @@ class SerialLoraConfig:
         return cls(**{key: value for key, value in values.items() if key in known})
 
 
-def _as_tuple(value: Any) -> tuple[Any, ...] | None:
+def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...] | None:
+    """None, or one or several values of a kind as a tuple."""
     if value is None:
         return None
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    values = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else (value,)
+    if len(values) > MOST_ENTRIES:
+        raise SerialLoraError(f"{name} has {len(values):,} entries; it may have {MOST_ENTRIES:,}.")
+    if not all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in values):
+        raise SerialLoraError(f"{name} must be None, or one or several of {kind.__name__}; got {values!r}.")
+    return values
 
 
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compile a regular expression of sites; a bad one raises SerialLoraError."""
+def is_number(value: object) -> bool:
+    """Whether a value is a number that a float can hold: no truth value, not NaN, not infinite, not beyond 1e308."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     try:
-        return re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise SerialLoraError(f"{pattern!r} is not a regular expression of sites: {error}.") from error
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a regular expression, anchored at both ends, matches the path of a site."""
-    return compile_pattern(pattern).fullmatch(path) is not None
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def block_index(path: str) -> int | None:
     """The first number among the components of a site's path: the index of its block."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+    return next((int(part) for part in path.split(".") if part.isdecimal() and len(part) < 10), None)

@@ -6,9 +6,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+LONGEST_MESSAGE = 1000
+
 
 class SerialLoraError(ValueError):
-    """Base of every error that slora_diffusers raises on bad input or in a state that forbids the call."""
+    """Base of every error that slora_diffusers raises on bad input or in a state that forbids the call.
+
+    Its message is one line of printable letters, whatever a file holds that it quotes, and cut in the middle if long.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message), LONGEST_MESSAGE))
 
 
 class ArchitectureError(SerialLoraError):
@@ -21,6 +29,15 @@ class AdapterFileError(SerialLoraError):
 
 class AdapterStateError(SerialLoraError):
     """The call does not fit the state of the adapters: unknown name, fused weights, a name already taken."""
+
+
+def one_line(text: str, longest: int) -> str:
+    """A text without line breaks and control characters, its middle left out where it is longer than that."""
+    if len(text) > longest:
+        half = (longest - 5) // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    text = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def run_script(main: Callable[[], Any]) -> None:

@@ -106,11 +106,30 @@ def test_targets_exclude_and_layers_choose_sites_together(settings, chosen):
         ({"layers": "1"}, r"layers must be None, or one or several of int; got \('1',\)"),
         ({"layers": 0.5}, r"layers .* got \(0.5,\)"),
         ({"inputs": [1]}, r"inputs .* of str; got \(1,\)"),
+        ({"inputs": {"hidden_states": 1}}, "inputs must be None, or one or several of str"),
+        ({"layers": True}, r"layers .* got \(True,\)"),
+        ({"rank": 10**30}, "rank must be at most 65536"),
+        ({"rank_pattern": [["a", 2]]}, "rank_pattern must map regular expressions of sites to numbers"),
+        ({"alpha_pattern": None}, "alpha_pattern must map"),
+        ({"rank_pattern": {1: 2}}, "1 is not a regular expression"),
+        ({"alpha": 10**400}, "alpha must be a finite number"),
+        ({"alpha": True}, "alpha must be a finite number or None; got True"),
+        ({"dropout": False}, "dropout must lie in"),
+        ({"rslora": 1}, "rslora must be True or False; got 1"),
+        ({"init": ["kaiming"]}, r"init must be one of .* got \['kaiming'\]"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(settings, message):
     with pytest.raises(SerialLoraError, match=message):
         SerialLoraConfig(**settings)
+
+
+def test_a_message_is_one_line_however_long_or_odd_what_it_quotes():
+    with pytest.raises(SerialLoraError) as raised:
+        SerialLoraConfig(inputs={f"a\n\x1b[31m{i}": i for i in range(5000)})  # pyright: ignore[reportArgumentType]
+    message = str(raised.value)
+    assert message.isprintable() and 50 < len(message) <= 1000
+    assert message.startswith("inputs must be None")
 
 
 def test_an_unknown_setting_is_a_type_error():

@@ -21,7 +21,7 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 # lies below `core`, for the config checks its start against the table of starts.
 FLOORS = (
     ("errors",),
-    ("core.pair", "core.tensors", "core.calls", "records"),
+    ("core.pair", "core.patterns", "core.tensors", "core.calls", "records"),
     ("config",),
     ("core",),
     ("adapters",),
@@ -113,7 +113,7 @@ def test_the_layer_needs_torch_alone():
 
 
 def test_the_vision_heads_need_neither_diffusers_nor_transformers_to_be_imported():
-    assert needs("heads.segmentation") == {"torch", "safetensors"}
+    assert needs("heads.segmentation") == {"torch", "safetensors", "regex"}
 
 
 def test_only_the_loader_and_the_package_import_diffusers():
