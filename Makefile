@@ -28,10 +28,11 @@ benchmark: $(VENV)/.test ## Measure against PEFT's LoRA; results go to benchmark
 	$(RUN) -m benchmarks.dreambooth
 	$(RUN) -m docs.build_tables
 
-lint: $(VENV)/.lint ## Check format, style and types
+lint: $(VENV)/.lint ## Check format, style, types and the docs' tables
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(RUN) -m docs.build_tables --check
 
 format: $(VENV)/.lint ## Format the code
 	$(BIN)/ruff format .

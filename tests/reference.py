@@ -95,7 +95,9 @@ def pair_names(model: nn.Module, optional: bool) -> list[str]:
 
 def width(site: nn.Module, row: Row) -> int:
     """d, what the row's projections read."""
-    return site.get_submodule(row.projections[0]).in_features
+    reader = site.get_submodule(row.projections[0])
+    assert isinstance(reader, nn.Linear)
+    return reader.in_features
 
 
 def wrap(model: nn.Module, adapters: Mapping[str, Terms]) -> None:
@@ -114,7 +116,7 @@ def fuse_by_hand(model: nn.Module, adapters: Mapping[str, Terms]) -> None:
     for key, terms in adapters.items():
         site, row = found[key]
         for name in row.projections:
-            weight = site.get_submodule(name).weight
+            weight = site.get_parameter(f"{name}.weight")
             W = weight.data.double()
             weight.data = (W @ (torch.eye(W.shape[1]).double() + sum(s * B @ A for s, A, B in terms))).to(weight.dtype)
 

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -36,7 +37,7 @@ def main() -> None:
     results = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
         recorder.lines.clear()
-        pipe = DiffusionPipeline.from_pretrained(job["folder"])
+        pipe: Any = DiffusionPipeline.from_pretrained(job["folder"])
         log = [line for line in recorder.lines if "serial_lora" in line or "not used" in line or "newly" in line]
         pipe.set_progress_bar_config(disable=True)
         images = pipe(**job["call"], generator=torch.Generator().manual_seed(0), output_type="np").images

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import peft
 import pytest
@@ -28,7 +30,7 @@ def objective(S, D, M):
     return torch.linalg.norm(S @ M - D).item()
 
 
-def random_lora(model, targets, rank=4, seed=0, alpha=8, std=0.2):
+def random_lora(model, targets, rank=4, seed=0, alpha=8, std=0.2) -> Any:
     """A stock PEFT model with a random LoRA."""
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -259,7 +261,7 @@ class TestStockLora:
         config = peft.LoraConfig(
             r=4, lora_alpha=3, use_rslora=True, target_modules=["to_out.0"], alpha_pattern={"0.attn1.to_out.0": 5}
         )
-        wrapped = peft.get_peft_model(model, config)
+        wrapped: Any = peft.get_peft_model(model, config)
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 parameter.data = normal(*parameter.shape).float()

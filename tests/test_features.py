@@ -97,7 +97,7 @@ def test_timm_wrapper_gives_what_its_model_gives(monkeypatch):
     config = transformers.TimmWrapperConfig(
         architecture="vit_tiny_patch16_224",
         model_args={"img_size": SIZE, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
-        pretrained_cfg={"input_size": [3, 8, 12], "mean": [0.1] * 3, "std": [0.2] * 3},
+        **{"pretrained_cfg": {"input_size": [3, 8, 12], "mean": [0.1] * 3, "std": [0.2] * 3}},
     )
     wrapper = modeling_timm_wrapper.TimmWrapperModel(config).eval()
     assert patch_size(wrapper) == 4

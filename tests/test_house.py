@@ -123,6 +123,10 @@ def test_only_the_loader_and_the_package_import_diffusers():
     assert {name for name in core if "diffusers" in imports_of(MODULES[name], lazy=False)[1]} == set()
 
 
+def lines_of(node):
+    return node.end_lineno - node.lineno + 1
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_stay_short(path):
     text = path.read_text(encoding="utf-8")
@@ -132,8 +136,8 @@ def test_files_and_functions_stay_short(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0]
             documented = ast.get_docstring(node) is not None
-            docstring = first.end_lineno - first.lineno + 1 if documented else 0
-            length = node.end_lineno - node.lineno + 1 - docstring
+            docstring = lines_of(first) if documented else 0
+            length = lines_of(node) - docstring
             assert length <= (120 if script and node.name == "main" else 60), node.name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from typing import Any
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def attention_inputs(width=64):
     return torch.randn(2, 16, width)
 
 
-def small_dit():
+def small_dit() -> Any:
     return DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
         patch_size=2, norm_num_groups=4,

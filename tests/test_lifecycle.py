@@ -7,6 +7,7 @@ import gc
 import logging
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -36,13 +37,13 @@ def fused_by_hand(tiny, weights, paths=None):
     """The model whose every projection is W + sum_i w_i s_i W B_i A_i, in float64, from the adapters' state dicts."""
     _, source = loaded(tiny.class_name, len(weights))
     model = tiny.build().double()
-    delta = {}
+    delta: dict[tuple[str, str], Any] = {}
     for name, weight in weights.items():
         state = sl.serial_lora_state_dict(source, name)
         rank = next(iter(state.values())).shape[0]
         for key in [key for key in state if key.endswith("lora_A.weight")]:
             path, _, pair = key.removeprefix("transformer.").removesuffix(".lora_A.weight").partition(".serial_lora.")
-            w = weight(path) if callable(weight) else weight
+            w: Any = weight(path) if callable(weight) else weight
             BA = state[key.replace("lora_A", "lora_B")].double() @ state[key].double()
             delta[path, pair] = delta.get((path, pair), 0) + w * 6 / rank * BA
     for (path, pair), M in delta.items():

@@ -69,7 +69,7 @@ def gguf_q8(model):
             return linear
         quantized = GGUFLinear(width, linear.out_features, linear.bias is not None, compute_dtype=torch.float32)
         data = torch.from_numpy(gguf.quants.quantize(linear.weight.detach().numpy(), kind))
-        quantized.weight = GGUFParameter(data, quant_type=kind)
+        quantized.weight = GGUFParameter(data, quant_type=kind)  # pyright: ignore[reportCallIssue] (its __new__)
         quantized.bias = linear.bias
         return quantized
 

@@ -28,7 +28,7 @@ class Stripes(torch.utils.data.Dataset):
         return {"pixel_values": image, "labels": torch.tensor(index % 2)}
 
 
-def model(rank: int = 2) -> nn.Module:
+def model(rank: int = 2) -> Any:
     base = VISION["ViTForImageClassification"].build()
     add_serial_lora(base, SerialLoraConfig(rank=rank))
     base.classifier.requires_grad_(True)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +23,7 @@ TINY = {
 def test_fake_tensors_save_as_many_bytes_as_real_ones(adapter, checkpointing):
     with patch.object(training_memory, "SD3_MEDIUM", TINY):
         counted = training_memory.activation_bytes(adapter, 4, 128, 2, checkpointing)
-        model = training_memory.build(adapter, 4).to_empty(device="cpu")
+        model: Any = training_memory.build(adapter, 4).to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         torch.nn.init.normal_(tensor.data, std=0.02)
     if checkpointing:

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,17 +29,17 @@ CONFIG = SerialLoraConfig(rank=3)
 PREPARE = Preprocessing((SIZE, SIZE))
 
 
-def classifier(name: str = "Dinov2Model", **arguments) -> SerialLoraForImageClassification:
+def classifier(name: str = "Dinov2Model", **arguments) -> Any:
     backbone = VISION[name].build()
     return SerialLoraForImageClassification.from_backbone(backbone, 4, CONFIG, preprocessing=PREPARE, **arguments)
 
 
-def segmenter(name: str = "Dinov2Model", **arguments) -> SerialLoraForSemanticSegmentation:
+def segmenter(name: str = "Dinov2Model", **arguments) -> Any:
     backbone = VISION[name].build()
     return SerialLoraForSemanticSegmentation.from_backbone(backbone, 3, CONFIG, preprocessing=PREPARE, **arguments)
 
 
-def shaken(model: nn.Module) -> nn.Module:
+def shaken(model: nn.Module) -> Any:
     """Every trainable weight drawn anew: an adapter and a head that do something."""
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,7 @@ def sam2() -> nn.Module:
 MODELS = {"sam": (TinyVision(sam, lambda draw: {}), 16), "sam2": (TinyVision(sam2, lambda draw: {}), 64)}
 
 
-def make(name: str = "sam", **arguments) -> SerialLoraForPromptableSegmentation:
+def make(name: str = "sam", **arguments) -> Any:
     tiny, size = MODELS[name]
     return SerialLoraForPromptableSegmentation.from_sam(
         tiny.build(), CONFIG, preprocessing=Preprocessing((size, size)), **arguments

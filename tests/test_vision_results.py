@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,6 +211,6 @@ def test_legend_fits_and_grows_with_the_image(side):
     picture = overlay(Image.new("RGB", (side, side)), np.ones((side, side), np.uint8), names)
     legend = np.asarray(picture)[side:]
     assert len(legend) >= side // 40
-    dark = (legend < 100).all(-1)
+    dark: Any = (legend < 100).all(-1)
     assert dark.any() and not dark[:, -1].any()  # the text ends before the picture does
     assert dark.any(0).nonzero()[0].max() > 100

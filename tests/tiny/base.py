@@ -44,7 +44,7 @@ class TinyModel:
     inputs: Callable[[Draw], dict[str, Any]]
     class_name: str = field(default="", kw_only=True)
 
-    def build(self, seed: int = 0) -> nn.Module:
+    def build(self, seed: int = 0) -> Any:
         """A model in eval mode whose weights follow from the seed.
 
         Weights that start at zero (gates, output layers) or as whatever the memory holds are drawn too: zeros would

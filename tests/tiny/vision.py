@@ -54,7 +54,7 @@ class TinyVision:
     make: Callable[[], nn.Module]
     inputs: Callable[[Draw], dict[str, Any]]
 
-    def build(self, seed: int = 0) -> nn.Module:
+    def build(self, seed: int = 0) -> Any:
         """A model in eval mode whose weights follow from the seed; none is zero, which would hide an adapter."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
