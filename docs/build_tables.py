@@ -16,7 +16,7 @@ import torch
 from benchmarks import report
 from slora_diffusers import SerialLoraConfig, add_serial_lora, unload_serial_lora
 from slora_diffusers.adapters.attach import AddReport
-from slora_diffusers.records import audio, image, video, vision
+from slora_diffusers.records import audio, image, text, video, vision
 from slora_diffusers.records.registry import REFUSED, Architecture, Pair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,8 @@ KINDS = {
     "Image": image.RECORDS,
     "Video": video.RECORDS,
     "Audio and molecules": audio.RECORDS,
-    "Vision and text encoders": vision.RECORDS,
+    "Vision": vision.RECORDS,
+    "Language and speech": text.RECORDS,
 }
 
 _SD3 = {"sample_size": 128, "in_channels": 16, "joint_attention_dim": 4096, "pooled_projection_dim": 2048}

@@ -23,6 +23,7 @@ from slora_diffusers.errors import AdapterFileError, ArchitectureError
 from slora_diffusers.heads.classification import SerialLoraForImageClassification, pool
 from slora_diffusers.heads.preprocessing import Preprocessing
 from slora_diffusers.heads.segmentation import ConvolutionalHead, SerialLoraForSemanticSegmentation
+from tests.tiny.text import TEXT
 from tests.tiny.vision import SIZE, VISION
 
 CONFIG = SerialLoraConfig(rank=3)
@@ -240,7 +241,7 @@ def test_images_must_divide_into_patches():
 
 def test_text_model_is_no_vision_backbone():
     with pytest.raises((ArchitectureError, ValueError, TypeError)):
-        SerialLoraForImageClassification.from_backbone(VISION["T5EncoderModel"].build(), 4, CONFIG)
+        SerialLoraForImageClassification.from_backbone(TEXT["T5EncoderModel"].build(), 4, CONFIG)
 
 
 def test_missing_model_is_named(tmp_path):

@@ -10,8 +10,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from slora_diffusers import (
-    SerialLoraConfig,
-    add_serial_lora,
     disable_serial_lora,
     export_lora,
     fuse_serial_lora,
@@ -24,72 +22,9 @@ from slora_diffusers import (
 from slora_diffusers.core.sites import find_slots
 from slora_diffusers.records.registry import ARCHITECTURES
 from slora_diffusers.records.vision import RECORDS
+from tests.lora_by_hand import add_random_adapter, error, fuse_by_hand
+from tests.tiny.text import TEXT
 from tests.tiny.vision import VISION, timm
-
-RANK, ALPHA = 3, 2.1
-
-
-def add_random_adapter(model: nn.Module, inputs: tuple[str, ...] | None) -> None:
-    """An adapter whose B is not zero, of a size that changes the output visibly."""
-    add_serial_lora(model, SerialLoraConfig(rank=RANK, alpha=ALPHA, inputs=inputs))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if ".lora_B_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.4
-
-
-def fuse_by_hand(model: nn.Module, adapted: nn.Module) -> int:
-    """W <- W + s (W B) A in float64, the LoRA of each projection, from the parameters' names alone."""
-    count = 0
-    for name, A in adapted.named_parameters():
-        if ".lora_A_" not in f".{name}":
-            continue
-        path, _, rest = f".{name}".partition(".serial_lora.")
-        pair = rest.partition(".")[0]
-        B = adapted.get_parameter(name.replace("lora_A_", "lora_B_"))
-        for weight in projections(model.get_submodule(path[1:]), pair):
-            W = weight.data.double()
-            weight.data = (W + ALPHA / RANK * (W @ B.double()) @ A.double()).float()
-            count += 1
-    return count
-
-
-QKV = ("q_proj", "k_proj", "v_proj", "qkv", "q", "k", "v", "in_proj_weight")
-READS = {
-    "hidden_states": QKV,
-    "attention_output": ("o_proj", "out_proj", "proj", "o"),
-    "feed_forward": ("fc1", "lin1", "proj_in", "gate_proj", "up_proj", "wi", "wi_0", "wi_1", "fc1_g", "fc1_x"),
-    "encoder_hidden_states": ("k", "v"),
-    "reduced_states": ("k_proj", "v_proj"),
-    "query": ("q_proj_weight",),
-    "key": ("k_proj_weight",),
-    "value": ("v_proj_weight",),
-}
-
-
-def projections(site: nn.Module, pair: str) -> list[nn.Parameter]:
-    """The weights that a pair feeds, by what such modules are called; independent of the records."""
-    found = []
-    names = READS[pair]
-    if pair == "hidden_states" and "serial_lora_queries" in site.__dict__:
-        names = ("q", "q_proj")
-    for name in names:
-        target = getattr(site, name, None)
-        if target is not None:
-            found.append(target if isinstance(target, nn.Parameter) else target.weight)
-    return found
-
-
-def mark_queries(model: nn.Module) -> None:
-    """Note the attentions whose keys and values read something else than their queries."""
-    for name, module in model.named_modules():
-        if name.endswith("EncDecAttention") or type(module).__name__ == "SegformerAttention":
-            module.__dict__["serial_lora_queries"] = True
-
-
-def error(got: Tensor, expected: Tensor, base: Tensor) -> float:
-    """Size of the difference, relative to what the adapter changes."""
-    return ((got - expected).norm() / (expected - base).norm()).item()
 
 
 @pytest.mark.parametrize("every", [False, True], ids=["default", "all-pairs"])
@@ -98,7 +33,6 @@ def test_live_equals_fused_equals_the_lora_by_hand(name: str, every: bool):
     tiny = VISION[name]
     model = tiny.build()
     reference, state, base = copy.deepcopy(model), copy.deepcopy(model.state_dict()), tiny.run(model)
-    mark_queries(reference)
     add_random_adapter(model, tuple(dict.fromkeys(s.pair.name for s in find_slots(model))) if every else None)
     assert fuse_by_hand(reference, model) > 0
     expected = tiny.run(reference)
@@ -119,7 +53,7 @@ def test_live_equals_fused_equals_the_lora_by_hand(name: str, every: bool):
     "name", ["ViTForImageClassification", "CLIPModel", "timm/vit", "T5Model", "nn.MultiheadAttention"]
 )
 def test_saved_adapter_loads_into_another_copy_of_the_base(name: str, tmp_path):
-    tiny = VISION[name]
+    tiny = (VISION | TEXT)[name]
     model, other = tiny.build(), tiny.build()
     add_random_adapter(model, None)
     save_serial_lora(model, tmp_path)

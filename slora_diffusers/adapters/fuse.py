@@ -62,7 +62,7 @@ def fuse_serial_lora(model: nn.Module, adapter_names: str | Sequence[str] | None
     fused = [both for slot in slots for both in _fused_weights(slot, pairs[slot.key], weights, scale)]
     originals = [(projection, projection.weight.data) for projection, _ in fused]
     for projection, W in fused:
-        projection.weight.data = W
+        projection.write(W)
     registry.fused = Fused(weights, scale, originals)
     registry.call.fused = True
     detach_all(model)
@@ -81,7 +81,9 @@ def unfuse_serial_lora(model: nn.Module) -> None:
         raise AdapterStateError("Nothing is fused. Call fuse_serial_lora() first.")
     for projection, W in registry.fused.originals:
         now = projection.weight
-        now.data = W.to(now.device, now.dtype)  # the model may have moved since; the same tensor where it has not
+        projection.write(
+            W.to(now.device, now.dtype)
+        )  # the model may have moved since; the same tensor where it has not
     registry.fused = None
     registry.call.fused = False
     attach_all(model)

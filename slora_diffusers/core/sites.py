@@ -27,9 +27,23 @@ class Projection:
     attribute: str
 
     @property
-    def weight(self) -> Tensor:
-        """The weight, (out_features, in_features); of another shape where it is stored quantized."""
+    def parameter(self) -> Tensor:
+        """The weight as its module stores it."""
         return getattr(self.owner, self.attribute)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a matrix (out_features, in_features); of another shape where it is stored quantized."""
+        return self.parameter.t() if self._transposed else self.parameter
+
+    def write(self, W: Tensor) -> None:
+        """Put a matrix (out_features, in_features) in the place of the weight's, without a copy."""
+        self.parameter.data = W.t() if self._transposed else W
+
+    @property
+    def _transposed(self) -> bool:
+        """Whether the module stores (in, out), as the Conv1D of GPT-2 does; PEFT's LoRA on one has it inside."""
+        return type(getattr(self.owner, "base_layer", self.owner)).__name__ == "Conv1D"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from . import audio, image, video, vision
+from . import audio, image, text, video, vision
 from .base import Architecture
 
-RECORDS: tuple[Architecture, ...] = (*image.RECORDS, *video.RECORDS, *audio.RECORDS, *vision.RECORDS)
+RECORDS: tuple[Architecture, ...] = (
+    *image.RECORDS,
+    *video.RECORDS,
+    *audio.RECORDS,
+    *vision.RECORDS,
+    *text.RECORDS,
+)

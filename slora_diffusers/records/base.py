@@ -91,6 +91,8 @@ def blocks(path: str, **sites: tuple[Pair, ...]) -> dict[str, tuple[Pair, ...]]:
 QKV = "to_q to_k to_v"
 ADDED_QKV = "add_q_proj add_k_proj add_v_proj"
 
+SEPARATE = (reads("q_proj k_proj v_proj", "hidden_states"), *output("o_proj"))  # transformers' names
+
 SELF = (reads(QKV, "hidden_states"), *output("to_out.0"))
 CROSS = cross("to_q", "to_k to_v", "to_out.0")
 JOINT = (

@@ -26,8 +26,9 @@ __all__ = [
 ARCHITECTURES: dict[str, Architecture] = {}
 """Model class name -> its record."""
 
-REFUSED: dict[str, str] = {}
-"""Model class name -> why no pair can serve it exactly. Empty: every transformer of diffusers 0.42 has a record."""
+_SHARED = "the positions go through the same projections as the tokens, past what a pair could transform"
+REFUSED: dict[str, str] = {"DebertaV2Layer": _SHARED, "DebertaLayer": _SHARED}
+"""Model class name -> why no pair can serve it exactly. Every transformer of diffusers 0.42 has a record."""
 
 
 def register_architecture(record: Architecture) -> Architecture:

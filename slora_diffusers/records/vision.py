@@ -1,4 +1,4 @@
-"""Records of vision transformers, of the text encoders beside them, and of PyTorch's own attention.
+"""Records of vision transformers, of CLIP's and SigLIP's text towers, and of PyTorch's own attention.
 
 They are matched by the class of one block, which every model of the family (headless, with a head, as a backbone or
 inside another model) is built from. Where transformers 4 and 5 name the modules of a block differently, the record
@@ -7,16 +7,15 @@ names both; what a block does not have is passed over.
 
 from __future__ import annotations
 
-from .base import Architecture, Sites, blocks, cross, output, reads
+from .base import SEPARATE, Architecture, Sites, blocks, output, reads, swiglu
 
-_SEPARATE = (reads("q_proj k_proj v_proj", "hidden_states"), *output("o_proj"))
 _FUSED = (reads("qkv", "hidden_states"), *output("proj"))
 _FC1 = output("fc1", "feed_forward")
-_GATED = (reads("gate_proj up_proj", "x", name="feed_forward"), *output("weights_in", "feed_forward"))
+_GATED = (*swiglu("gate_proj up_proj"), *output("weights_in", "feed_forward"))
 
 # transformers 4: attention.attention.query and so on, with the output projection in a module beside it.
 _VIT: Sites = {
-    "attention": (*_SEPARATE, *output("output.dense")),
+    "attention": (*SEPARATE, *output("output.dense")),
     "attention.attention": (reads("query key value", "hidden_states"),),
     "mlp": (*_FC1, *_GATED),
     "intermediate": output("dense", "feed_forward"),
@@ -44,16 +43,6 @@ _TIMM = {
     "attn": (reads("qkv q_proj k_proj v_proj gate", "x", name="hidden_states"), *output("proj")),
     "mlp": (reads("fc1 fc1_g fc1_x", "x", name="feed_forward"),),
 }
-_T5_MLP = (reads("wi wi_0 wi_1", "hidden_states", name="feed_forward"),)
-
-
-def _t5(encoder: str) -> Sites:
-    return {
-        "layer.*.SelfAttention": (reads("q k v", "hidden_states"), *output("o")),
-        "layer.*.EncDecAttention": cross("q", "k v", "o", encoder=encoder),
-        "layer.*.DenseReluDense": _T5_MLP,
-    }
-
 
 RECORDS = (
     Architecture(
@@ -71,7 +60,41 @@ RECORDS = (
         ),
         _VIT,
     ),
-    Architecture("Swin", ("SwinLayer",), _SWIN, "`layers` counts stages"),
+    Architecture("Swin, Swin V2", ("SwinLayer", "Swinv2Layer"), _SWIN, "`layers` counts stages"),
+    Architecture(
+        "VideoMAE, V-JEPA 2",
+        ("VideoMAELayer", "VJEPA2Layer"),
+        {
+            **_VIT,
+            "attention": (reads("query key value", "hidden_states"), *output("proj"), *output("output.dense")),
+        },
+        "V-JEPA 2's predictor too",
+    ),
+    Architecture(
+        "V-JEPA 2: attentive pooler",
+        ("VJEPA2PoolerSelfAttentionLayer", "VJEPA2PoolerCrossAttentionLayer"),
+        {
+            **_CLIP,
+            "cross_attn": (
+                reads("q_proj", "queries", name="hidden_states"),
+                reads("k_proj v_proj", "keys", "values", name="encoder_hidden_states"),
+            ),
+        },
+    ),
+    Architecture(
+        "AIMv2",
+        ("Aimv2EncoderLayer",),
+        {
+            "attention": (reads("q_proj k_proj v_proj", "hidden_states"), *output("out_proj")),
+            "ffn": _GATED,
+        },
+    ),
+    Architecture(
+        "Perception Encoder (audio, video)",
+        ("PeVideoEncoderLayer", "PeAudioEncoderLayer", "PeAudioVideoEncoderLayer"),
+        {"self_attn": SEPARATE, "mlp": _GATED},
+        "the image encoder is timm's",
+    ),
     Architecture(
         "SegFormer",
         ("SegformerLayer",),
@@ -79,7 +102,9 @@ RECORDS = (
         "keys and values read a reduced sequence, so they have a pair of their own, `reduced_states`",
     ),
     Architecture(
-        "CLIP, SigLIP (text and image)", ("CLIPEncoderLayer", "SiglipEncoderLayer", "Siglip2EncoderLayer"), _CLIP
+        "CLIP, SigLIP, OWL-ViT (text and image)",
+        ("CLIPEncoderLayer", "SiglipEncoderLayer", "Siglip2EncoderLayer", "OwlViTEncoderLayer", "Owlv2EncoderLayer"),
+        _CLIP,
     ),
     Architecture(
         "SAM, SAM-HQ, SAM 2",
@@ -111,6 +136,4 @@ RECORDS = (
         },
         "query, key and value of other widths have a pair each; PyTorch reads the output projection past any hook",
     ),
-    Architecture("T5, mT5", ("T5Block", "MT5Block"), _t5("key_value_states")),
-    Architecture("umT5", ("UMT5Block",), _t5("encoder_hidden_states")),
 )

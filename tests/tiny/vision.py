@@ -1,4 +1,4 @@
-"""Vision transformers and text encoders, tiny and random: transformers, timm and PyTorch itself, no download."""
+"""Vision transformers and CLIP's text towers, tiny and random: transformers, timm and PyTorch itself, no download."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ _CLIP_TEXT = {
     "pad_token_id": 1,
     "projection_dim": 16,
 }
-_T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 _STAGES = {"depths": [1, 1], "num_attention_heads": [1, 2]}
 _SWIN = {**_IMAGE, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 2}
 _SAM = {**_VIT, "output_channels": 16, "mlp_dim": 24, "window_size": 2, "global_attn_indexes": [1]}
@@ -87,6 +86,10 @@ def tokens(draw: Draw) -> dict[str, Any]:
     return {"input_ids": draw.ints(48, 2, 7)}
 
 
+def _frames(draw: Draw) -> dict[str, Any]:
+    return {"pixel_values": draw(2, 4, 3, SIZE, SIZE)}
+
+
 def _patches(draw: Draw) -> dict[str, Any]:
     """What SigLIP 2 reads: flat patches, which of them count, and how many there are each way."""
     side = SIZE // 4
@@ -101,9 +104,12 @@ def _both(draw: Draw) -> dict[str, Any]:
     return {**tokens(draw), **pixels(draw)}
 
 
-def _hugging_face(name: str, config: dict[str, Any], inputs: Callable[[Draw], dict[str, Any]] = pixels) -> TinyVision:
-    model_class = getattr(transformers, name)
-    return TinyVision(lambda: model_class(model_class.config_class(**config)), inputs)
+def hugging_face(name: str, config: dict[str, Any], inputs: Callable[[Draw], dict[str, Any]] = pixels) -> TinyVision:
+    def make() -> nn.Module:
+        model_class = getattr(transformers, name)
+        return model_class(model_class.config_class(**config))
+
+    return TinyVision(make, inputs)
 
 
 _INTERPOLATION = ("NEAREST", "BILINEAR", "BICUBIC", "BOX", "HAMMING", "LANCZOS")
@@ -169,44 +175,55 @@ class TwoAttentions(nn.Module):
         return self.cross(x, key, value)[0]
 
 
+def _audio_and_video() -> nn.Module:
+    """Meta's Perception Encoder: the encoders of sound and of frames, and the one over both."""
+    tower = {**_VIT, "num_key_value_heads": 2, "head_dim": 8}
+    frames = transformers.ViTConfig(**_VIT, num_labels=8)
+    dac = {"encoder_hidden_size": 4, "downsampling_ratios": [2, 4], "codebook_dim": 8, "hidden_size": 16}
+    config = transformers.PeAudioVideoEncoderConfig(
+        **tower, audio_config={**tower, "dac_config": dac}, video_config={**tower, "vision_config": frames}
+    )
+    return transformers.PeAudioVideoEncoder(config)
+
+
 _SMALL = {"patch_size": PATCH, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 VISION: dict[str, TinyVision] = {
-    "ViTModel": _hugging_face("ViTModel", _VIT),
-    "ViTForImageClassification": _hugging_face("ViTForImageClassification", _VIT),
-    "DeiTForImageClassificationWithTeacher": _hugging_face("DeiTForImageClassificationWithTeacher", _VIT),
-    "BeitForImageClassification": _hugging_face(
+    "ViTModel": hugging_face("ViTModel", _VIT),
+    "ViTForImageClassification": hugging_face("ViTForImageClassification", _VIT),
+    "DeiTForImageClassificationWithTeacher": hugging_face("DeiTForImageClassificationWithTeacher", _VIT),
+    "BeitForImageClassification": hugging_face(
         "BeitForImageClassification", {**_VIT, "use_relative_position_bias": True, "layer_scale_init_value": 0.5}
     ),
-    "Dinov2Model": _hugging_face("Dinov2Model", {**_VIT, "mlp_ratio": 2}),
-    "Dinov2Backbone": _hugging_face("Dinov2Backbone", {**_VIT, "out_indices": [1, 2]}),
-    "Dinov2Model/swiglu": _hugging_face("Dinov2Model", {**_VIT, "mlp_ratio": 2, "use_swiglu_ffn": True}),
-    "Dinov2ForImageClassification": _hugging_face("Dinov2ForImageClassification", {**_VIT, "mlp_ratio": 2}),
-    "Dinov2WithRegistersModel": _hugging_face("Dinov2WithRegistersModel", {**_VIT, "num_register_tokens": 2}),
-    "DINOv3ViTModel": _hugging_face("DINOv3ViTModel", {**_VIT, "num_register_tokens": 2}),
-    "DINOv3ViTModel/gated": _hugging_face("DINOv3ViTModel", {**_VIT, "use_gated_mlp": True}),
-    "ViTMAEForPreTraining": _hugging_face(
+    "Dinov2Model": hugging_face("Dinov2Model", {**_VIT, "mlp_ratio": 2}),
+    "Dinov2Backbone": hugging_face("Dinov2Backbone", {**_VIT, "out_indices": [1, 2]}),
+    "Dinov2Model/swiglu": hugging_face("Dinov2Model", {**_VIT, "mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "Dinov2ForImageClassification": hugging_face("Dinov2ForImageClassification", {**_VIT, "mlp_ratio": 2}),
+    "Dinov2WithRegistersModel": hugging_face("Dinov2WithRegistersModel", {**_VIT, "num_register_tokens": 2}),
+    "DINOv3ViTModel": hugging_face("DINOv3ViTModel", {**_VIT, "num_register_tokens": 2}),
+    "DINOv3ViTModel/gated": hugging_face("DINOv3ViTModel", {**_VIT, "use_gated_mlp": True}),
+    "ViTMAEForPreTraining": hugging_face(
         "ViTMAEForPreTraining",
         {**_VIT, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2},
         lambda draw: {**pixels(draw), "noise": torch.arange(16.0).expand(2, -1).cos()},
     ),
-    "ViTMSNModel": _hugging_face("ViTMSNModel", _VIT),
-    "IJepaModel": _hugging_face("IJepaModel", _VIT),
-    "CLIPVisionModel": _hugging_face("CLIPVisionModel", _VIT),
-    "CLIPTextModel": _hugging_face("CLIPTextModel", _CLIP_TEXT, tokens),
-    "CLIPTextModelWithProjection": _hugging_face("CLIPTextModelWithProjection", _CLIP_TEXT, tokens),
-    "CLIPModel": _hugging_face("CLIPModel", {"text_config": _CLIP_TEXT, "vision_config": _VIT}, _both),
-    "SiglipVisionModel": _hugging_face("SiglipVisionModel", _VIT),
-    "SiglipTextModel": _hugging_face("SiglipTextModel", _CLIP_TEXT, tokens),
-    "SiglipForImageClassification": _hugging_face(
+    "ViTMSNModel": hugging_face("ViTMSNModel", _VIT),
+    "IJepaModel": hugging_face("IJepaModel", _VIT),
+    "CLIPVisionModel": hugging_face("CLIPVisionModel", _VIT),
+    "CLIPTextModel": hugging_face("CLIPTextModel", _CLIP_TEXT, tokens),
+    "CLIPTextModelWithProjection": hugging_face("CLIPTextModelWithProjection", _CLIP_TEXT, tokens),
+    "CLIPModel": hugging_face("CLIPModel", {"text_config": _CLIP_TEXT, "vision_config": _VIT}, _both),
+    "SiglipVisionModel": hugging_face("SiglipVisionModel", _VIT),
+    "SiglipTextModel": hugging_face("SiglipTextModel", _CLIP_TEXT, tokens),
+    "SiglipForImageClassification": hugging_face(
         "SiglipForImageClassification", {"text_config": _CLIP_TEXT, "vision_config": _VIT}
     ),
-    "Siglip2VisionModel": _hugging_face(
+    "Siglip2VisionModel": hugging_face(
         "Siglip2VisionModel", {**_VIT, "num_patches": (SIZE // 4) ** 2, "patch_size": 4}, _patches
     ),
-    "SamVisionModel": _hugging_face("SamVisionModel", _SAM),
-    "SamHQVisionModel": _hugging_face("SamHQVisionModel", _SAM),
-    "Sam2VisionModel": _hugging_face(
+    "SamVisionModel": hugging_face("SamVisionModel", _SAM),
+    "SamHQVisionModel": hugging_face("SamHQVisionModel", _SAM),
+    "Sam2VisionModel": hugging_face(
         "Sam2VisionModel",
         {
             "backbone_config": {
@@ -230,8 +247,46 @@ VISION: dict[str, TinyVision] = {
         },
         lambda draw: {"pixel_values": draw(2, 3, 64, 64)},
     ),
-    "SwinForImageClassification": _hugging_face("SwinForImageClassification", _SWIN),
-    "SegformerForSemanticSegmentation": _hugging_face(
+    "SwinForImageClassification": hugging_face("SwinForImageClassification", _SWIN),
+    "Swinv2ForImageClassification": hugging_face("Swinv2ForImageClassification", _SWIN),
+    "VideoMAEModel": hugging_face("VideoMAEModel", {**_VIT, "num_frames": 4}, _frames),
+    "VJEPA2ForVideoClassification": hugging_face(
+        "VJEPA2ForVideoClassification",
+        {
+            "crop_size": SIZE,
+            "patch_size": PATCH,
+            "frames_per_clip": 4,
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+            "pred_hidden_size": 24,
+            "pred_num_attention_heads": 2,
+            "pred_num_hidden_layers": 1,
+            "pred_num_mask_tokens": 2,
+            "num_pooler_layers": 1,
+        },
+        lambda draw: {"pixel_values_videos": draw(2, 4, 3, SIZE, SIZE)},
+    ),
+    "VJEPA2Model": hugging_face(
+        "VJEPA2Model",
+        {
+            "crop_size": SIZE,
+            "patch_size": PATCH,
+            "frames_per_clip": 4,
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "pred_hidden_size": 24,
+            "pred_num_attention_heads": 2,
+            "pred_num_hidden_layers": 1,
+            "pred_num_mask_tokens": 2,
+        },
+        lambda draw: {"pixel_values_videos": draw(1, 4, 3, SIZE, SIZE)},
+    ),
+    "OwlViTModel": hugging_face("OwlViTModel", {"text_config": _CLIP_TEXT, "vision_config": _VIT}, _both),
+    "Owlv2Model": hugging_face("Owlv2Model", {"text_config": _CLIP_TEXT, "vision_config": _VIT}, _both),
+    "Aimv2VisionModel": hugging_face("Aimv2VisionModel", _VIT),
+    "SegformerForSemanticSegmentation": hugging_face(
         "SegformerForSemanticSegmentation",
         {
             "num_encoder_blocks": 2,
@@ -245,18 +300,11 @@ VISION: dict[str, TinyVision] = {
             "decoder_hidden_size": 16,
         },
     ),
-    "T5EncoderModel": _hugging_face("T5EncoderModel", _T5, tokens),
-    "T5EncoderModel/gated": _hugging_face("T5EncoderModel", {**_T5, "feed_forward_proj": "gated-gelu"}, tokens),
-    "T5Model": _hugging_face(
-        "T5Model", {**_T5, "decoder_start_token_id": 0}, lambda d: {**tokens(d), "decoder_input_ids": d.ints(48, 2, 5)}
+    "PeAudioVideoEncoder": TinyVision(
+        _audio_and_video,
+        lambda draw: {"input_values": draw(1, 1, 64), "pixel_values_videos": draw(1, 8, 3, SIZE, SIZE)},
     ),
-    "MT5EncoderModel": _hugging_face("MT5EncoderModel", _T5, tokens),
-    "UMT5EncoderModel": _hugging_face("UMT5EncoderModel", _T5, tokens),
-    "UMT5Model": _hugging_face(
-        "UMT5Model",
-        {**_T5, "decoder_start_token_id": 0},
-        lambda d: {**tokens(d), "decoder_input_ids": d.ints(48, 2, 5)},
-    ),
+    "timm/pe": _timm("vit_pe_core_tiny_patch16_384", **_SMALL),
     "timm/vit": _timm("vit_tiny_patch16_224", **_SMALL),
     "timm/vit_reg4_dinov2": _timm("vit_small_patch14_reg4_dinov2", **_SMALL),
     "timm/deit_distilled": _timm("deit_tiny_distilled_patch16_224", **_SMALL),

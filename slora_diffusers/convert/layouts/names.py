@@ -112,7 +112,8 @@ def linears_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def out_features(linear: nn.Module) -> int:
     """Width of what a Linear gives; known also where the stored weight is quantized."""
-    return getattr(linear, "out_features", None) or linear.weight.shape[0]  # pyright: ignore
+    known = getattr(linear, "out_features", None) or getattr(linear, "nf", None)  # nf: Conv1D of GPT-2
+    return known or linear.weight.shape[0]  # pyright: ignore
 
 
 def _family(model: nn.Module) -> str | None:
