@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import report
 from slora_diffusers import SerialLoraConfig, add_serial_lora, unload_serial_lora
-from slora_diffusers.adapters.attach import AddReport
+from slora_diffusers.adapters.lifecycle import AddReport
 from slora_diffusers.records import audio, image, text, video, vision
 from slora_diffusers.records.registry import REFUSED, Architecture, Pair
 

@@ -5,22 +5,22 @@ Source: Zhong et al., Serial Low-rank Adaptation of Vision Transformer, ICME 202
 
 from diffusers import DiffusionPipeline as _DiffusionPipeline
 
-from .adapters.attach import (
+from .adapters.contexts import disable_serial_lora, serial_lora_batch, serial_lora_scale
+from .adapters.fuse import fuse_serial_lora, unfuse_serial_lora
+from .adapters.lifecycle import (
     add_serial_lora,
     delete_serial_lora,
     reserve_serial_lora,
     set_serial_lora,
     unload_serial_lora,
 )
-from .adapters.contexts import disable_serial_lora, serial_lora_batch, serial_lora_scale
-from .adapters.fuse import fuse_serial_lora, unfuse_serial_lora
 from .adapters.status import SerialLoraStatus, serial_lora_parameters, serial_lora_status
 from .config import SerialLoraConfig
 from .convert import compress_lora, export_lora, merge_serial_lora
 from .core.hooks import SerialLoraAttnProcessor
 from .errors import AdapterFileError, AdapterStateError, ArchitectureError, SerialLoraError
+from .files.format import library_version as _library_version
 from .files.load import load_serial_lora
-from .files.save import library_version as _library_version
 from .files.save import save_serial_lora, serial_lora_state_dict
 from .heads.classification import SerialLoraForImageClassification
 from .heads.promptable import SerialLoraForPromptableSegmentation

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import slora_diffusers as sl
+from slora_diffusers.files.format import AdapterFile
+from slora_diffusers.files.storage import AdapterTensors
 from tests.tiny.models import TinyModel, flat_tensors
 
 
@@ -40,3 +42,8 @@ def traces(model: nn.Module) -> dict[str, Any]:
         "attributes": {n: sorted(vars(m)) for n, m in modules.items()},
         "trainable": {n: p.requires_grad for n, p in model.named_parameters()},
     }  # fmt: skip
+
+
+def read_adapter(source: Any, **hub: Any) -> AdapterTensors:
+    """The keys, tensors and header of an adapter's file."""
+    return AdapterFile.read(source, **hub).state_dict()

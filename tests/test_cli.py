@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 import slora_diffusers as sl
 from slora_diffusers.cli import app
 from slora_diffusers.cli.verify import VerifyReport
-from slora_diffusers.files.format import read_adapter
-from tests.adapters import add_random_adapter
+from tests.adapters import add_random_adapter, read_adapter
 from tests.tiny.pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny.vision import VISION
 

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import slora_diffusers as sl
-from slora_diffusers.files.format import AdapterTensors, find_file, read_adapter, write_adapter
-from tests.adapters import add_random_adapter
+from slora_diffusers.files.format import AdapterFile
+from slora_diffusers.files.storage import AdapterTensors, find_file
+from tests.adapters import add_random_adapter, read_adapter
 from tests.reference import FAMILIES, places, width
 from tests.tiny.models import TINY
 
@@ -71,8 +72,8 @@ def test_a_file_is_read_back_as_it_was(saved):
         read = read_adapter(source)
         assert read.keys() == state.keys() and all(torch.equal(read[k], state[k]) for k in state)
         assert read.metadata == state.metadata
-    assert read_adapter(state) is state
-    assert read_adapter(dict(state)).metadata == {}
+    assert AdapterFile.of(state).components["transformer"].config == model._serial_lora.configs["default"]
+    assert AdapterFile.of(AdapterTensors(state)).components["transformer"].config is None
 
 
 def test_a_subfolder_and_another_name_are_found(saved, tmp_path):
@@ -129,7 +130,7 @@ def test_an_adapter_that_is_not_finite_is_not_written(saved):
 
 def test_a_folder_is_asked_for_where_a_file_is_given(saved):
     path, model = saved
-    with pytest.raises(sl.AdapterFileError, match="is to be a folder"):
+    with pytest.raises(sl.AdapterFileError, match="must be a folder"):
         sl.save_serial_lora(model, path)
 
 
@@ -271,7 +272,6 @@ def test_a_hub_id_that_cannot_be_reached_says_what_was_tried(monkeypatch, kind, 
 
 def test_a_file_holds_tensors_that_were_views_of_others(tmp_path):
     whole = torch.randn(8, 16)
-    state = AdapterTensors({"t.a": whole[:2], "t.b": whole.T[:4]}, {"format_version": 1})
-    write_adapter(tmp_path / NAME, state)
+    AdapterFile.of(AdapterTensors({"t.a": whole[:2], "t.b": whole.T[:4]})).write(tmp_path)
     read = read_adapter(tmp_path)
     assert torch.equal(read["t.a"], whole[:2]) and torch.equal(read["t.b"], whole.T[:4])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slora_diffusers as sl
-from slora_diffusers.files.format import AdapterTensors
+from slora_diffusers.files.storage import AdapterTensors
 from tests.adapters import add_random_adapter, output_of, traces
 from tests.reference import FAMILIES, output64, terms_of, wrap
 from tests.tiny.models import TINY

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slora_diffusers.core.batch import samples_of
 from slora_diffusers.core.calls import CallState
 from slora_diffusers.core.layer import SerialLoraPair
 from slora_diffusers.core.pair import new_matrices
@@ -288,7 +289,7 @@ def test_reserved_room_keeps_shapes_and_gives_the_equation():
 
 def test_each_sample_of_a_batch_goes_through_its_own_adapter():
     pair, x = pair_with((4, 2), {"a0": 0.5}), torch.randn(3, 7, D)
-    with torch.no_grad(), pair.call.changed(samples=("a1", None, "a0"), stacks={}):
+    with torch.no_grad(), pair.call.changed(samples=samples_of(["a1", None, "a0"]), stacks={}):
         got = pair(x)
     assert torch.allclose(got[0].double(), equation(pair, x[0], {"a1": 1.0}), atol=1e-5)
     assert torch.equal(got[1], x[1])
@@ -297,5 +298,8 @@ def test_each_sample_of_a_batch_goes_through_its_own_adapter():
 
 def test_a_batch_that_no_list_of_names_fits_is_refused():
     pair = pair_with((4,))
-    with pytest.raises(AdapterStateError, match="2 adapter names"), pair.call.changed(samples=("a0", None), stacks={}):
+    with (
+        pytest.raises(AdapterStateError, match="2 adapter names"),
+        pair.call.changed(samples=samples_of(["a0", None]), stacks={}),
+    ):
         pair(torch.randn(3, 7, D))

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, DiTPipeline
 from safetensors.torch import load_file
 
 import slora_diffusers as sl
-from slora_diffusers.files.format import AdapterTensors
+from slora_diffusers.files.storage import AdapterTensors
 from slora_diffusers.loader import VERBS, install
 from tests.adapters import add_random_adapter, traces
 from tests.tiny.pipelines import tiny_dit_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline

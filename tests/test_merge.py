@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import slora_diffusers as sl
-from slora_diffusers.convert.merge import merge_states, scaled_pairs
+from slora_diffusers.convert.merge import merge_files, scaled_pairs
+from slora_diffusers.files.save import adapter_file
 from tests.adapters import add_random_adapter, output_of
 from tests.tiny.models import TINY
 from tests.tiny.pipelines import tiny_sd3_pipeline
@@ -16,7 +17,7 @@ SD3 = TINY["SD3Transformer2DModel"]
 
 def products(model, name):
     """{pair: s B A} in float64, from the file's tensors and config."""
-    (pairs,) = scaled_pairs(sl.serial_lora_state_dict(model, name)).values()
+    (pairs,) = scaled_pairs(adapter_file(model, name)).values()
     return {key: part.B.double() @ part.A.double() for key, part in pairs.items()}
 
 
@@ -105,8 +106,8 @@ def test_a_pipeline_merges_in_every_component():
 
 
 def test_files_merge_without_their_base_to_the_same(model, tmp_path):
-    states = [sl.serial_lora_state_dict(model, name) for name in "ab"]
-    merged, report = merge_states(states, [0.7, -0.4], rank=5)
+    states = [adapter_file(model, name) for name in "ab"]
+    merged, report = merge_files(states, [0.7, -0.4], rank=5)
     sl.load_serial_lora(model, merged, "file")
     sl.merge_serial_lora(model, ["a", "b"], [0.7, -0.4], "live", rank=5)
     one, other = products(model, "file"), products(model, "live")
@@ -119,16 +120,16 @@ def test_files_of_different_places_need_their_base():
     model = SD3.build()
     add_random_adapter(model, "a", layers=0)
     add_random_adapter(model, "b", layers=1)
-    states = [sl.serial_lora_state_dict(model, name) for name in "ab"]
+    states = [adapter_file(model, name) for name in "ab"]
     with pytest.raises(sl.SerialLoraError, match="merge them with their base"):
-        merge_states(states, [1.0, 1.0])
+        merge_files(states, [1.0, 1.0])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"names": ["a", "x"]}, r"names are to be some of \['a', 'b'\]"),
-        ({"names": []}, "names are to be some of"),
+        ({"names": ["a", "x"]}, r"Unknown adapter \['x'\]; there are \['a', 'b'\]"),
+        ({"names": []}, "names must be some of"),
         ({"new_name": "a"}, "The name 'a' is taken"),
         ({"weights": [1.0]}, "need as many weights"),
         ({"rank": -1}, "rank must be a whole number"),

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from pipelines import classify_images
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.files.format import WEIGHT_NAME
+from slora_diffusers.files.storage import WEIGHT_NAME
 from slora_diffusers.heads.prompts import SerialLoraForPromptClassification
 from tests.tiny.pipelines import CORPUS, clip_tokenizer_on
 from tests.tiny.vision import SIZE

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pipelines import classify_images, segment_images
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.files.format import WEIGHT_NAME
+from slora_diffusers.files.storage import WEIGHT_NAME
 from slora_diffusers.heads.classification import SerialLoraForImageClassification
 from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation
 from slora_diffusers.training.checkpoint import STATE_NAME

@@ -17,7 +17,7 @@ from torchmetrics.segmentation import MeanIoU
 
 from pipelines import classify_images, segment_images
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.files.format import WEIGHT_NAME
+from slora_diffusers.files.storage import WEIGHT_NAME
 from slora_diffusers.heads.classification import SerialLoraForImageClassification
 from slora_diffusers.heads.preprocessing import Preprocessing
 from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation

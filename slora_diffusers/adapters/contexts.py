@@ -1,61 +1,80 @@
-"""Temporary state, each a `with` block that changes nothing in the model: scale, disable, one adapter per sample."""
+"""Temporary state, each a `with` block that changes nothing in the model: scale, disable, adapters per sample."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
-from torch import nn
-
+from ..core.batch import samples_of
+from ..core.components import adapted, check_known
 from ..core.hooks import check_scale
-from ..core.state import check_known, check_not_fused, registry_of
+from ..core.state import check_not_fused, registry_of
 from ..errors import AdapterStateError
 
 
-@contextmanager
-def serial_lora_scale(model: nn.Module, scale: float) -> Iterator[None]:
+def serial_lora_scale(model: Any, scale: float) -> AbstractContextManager[None]:
     """Scale every active adapter inside the block: `x~ = x + scale sum_i w_i s_i B_i A_i x`. Blocks multiply.
 
     Only this thread sees it, and nothing in the model changes. A model compiled with `fullgraph=True` refuses it
     when it runs; others leave the compiled graph for the block.
 
     Args:
-        model: A model with adapters.
+        model: A model with adapters, or a pipeline, over its components that have some.
         scale: Any finite number; 0 gives the base's output to the bit.
 
     Raises:
-        AdapterStateError: If the model has no adapter, or they are fused and the scale is not 1.
+        AdapterStateError: If there is no adapter, or they are fused and the scale is not 1.
     """
-    call = registry_of(model).call
-    with call.changed(scale=call.current().scale * check_scale(scale, call)):
-        yield
+    calls = [registry_of(one).call for one in adapted(model).values()]
+    scales = [call.current().scale * check_scale(scale, call) for call in calls]
+    return _all(call.changed(scale=s) for call, s in zip(calls, scales, strict=True))
 
 
-@contextmanager
-def disable_serial_lora(model: nn.Module) -> Iterator[None]:
-    """Run the base model inside the block, to the bit; the same as a scale of 0."""
-    with serial_lora_scale(model, 0.0):
-        yield
+def disable_serial_lora(model: Any) -> AbstractContextManager[None]:
+    """Run the base model, or pipeline, inside the block, to the bit; the same as a scale of 0."""
+    return serial_lora_scale(model, 0.0)
 
 
-@contextmanager
-def serial_lora_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Serve each sample of the batch with an adapter of its own inside the block.
+def serial_lora_batch(
+    model: Any, names: Iterable[Any], images_per_prompt: int | None = None
+) -> AbstractContextManager[None]:
+    """Serve each sample of the batch with adapters of its own inside the block.
+
+        with serial_lora_batch(pipe, ["sketch", ("oil", 0.7), {"sketch": 0.5, "oil": 0.5}, None]):
+            images = pipe(four_prompts, num_images_per_prompt=2).images  # two of each, side by side
 
     Args:
-        model: A model with adapters; they need not be active.
-        names: One adapter name per sample, or None for the base. A batch that holds the samples several times over,
-            as classifier-free guidance does, repeats the names. The weight of an adapter is the one it was set to
-            (1 if it is not active).
+        model: A model with adapters, which need not be active; or a pipeline, over its components that have some.
+        names: What each sample gets: a name, (name, weight), {name: weight}, several of these in a list, or None for
+            the base. Without a weight, an adapter has the one it was set to (1 if it is not active). With a pipeline
+            names belong to prompts (one per image is fine, too); with a bare model, to the rows of its batch. Either
+            may hold the samples several times over, as classifier-free guidance does.
+        images_per_prompt: Rows that each sample has, side by side; None asks the pipeline that is running, which
+            knows, and is 1 where none is.
 
     Raises:
         AdapterStateError: If a name is unknown, the list is empty, or adapters are fused; in the forward, if the
-            batch is no multiple of the names, or an attention folds other axes into it.
+            batch does not hold these samples, or an attention folds other axes into it.
     """
-    registry = registry_of(model)
-    if isinstance(names, str) or not len(names):
-        raise AdapterStateError(f"serial_lora_batch takes a list with one adapter name per sample; got {names!r}.")
-    check_known(registry, [name for name in names if name is not None])
-    check_not_fused(registry, "serve a batch of adapters")
-    with registry.call.changed(samples=tuple(names), stacks={}):
+    samples = samples_of(names)
+    if images_per_prompt is not None and (type(images_per_prompt) is not int or images_per_prompt < 1):
+        raise AdapterStateError(f"images_per_prompt must be a whole number of at least 1; got {images_per_prompt!r}.")
+    models = adapted(model)
+    check_known(models, [name for sample in samples for name, _ in sample])
+    for one in models.values():
+        check_not_fused(registry_of(one), "serve a batch of adapters")
+    states = []
+    for one in models.values():
+        registry = registry_of(one)
+        held = tuple(tuple(part for part in sample if part[0] in registry.configs) for sample in samples)
+        states.append(registry.call.changed(samples=held, images=images_per_prompt, rows=None, stacks={}))
+    return _all(states)
+
+
+@contextmanager
+def _all(blocks: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block)
         yield

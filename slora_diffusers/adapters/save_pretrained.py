@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..core.names import is_of_pair
+
 
 class SavePretrained:
     """Stands before an adapted model's `save_pretrained` and leaves the pairs out of what it writes.
@@ -29,7 +31,7 @@ class SavePretrained:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("state_dict")
         if given is not None:
-            kwargs["state_dict"] = {key: tensor for key, tensor in given.items() if not _of_a_pair(key)}
+            kwargs["state_dict"] = {key: tensor for key, tensor in given.items() if not is_of_pair(key)}
         hook = self.model._register_state_dict_hook(_drop_pairs)
         try:
             return self.__wrapped__(*args, **kwargs)
@@ -37,10 +39,6 @@ class SavePretrained:
             hook.remove()
 
 
-def _of_a_pair(key: str) -> bool:
-    return ".serial_lora." in f".{key}"
-
-
 def _drop_pairs(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for key in [key for key in state if _of_a_pair(key)]:
+    for key in [key for key in state if is_of_pair(key)]:
         del state[key]

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from ..core.components import adapted, check_known, has_adapters, is_pipeline
+from ..core.names import split_place
 from ..core.sites import unwrap
-from ..core.state import Registry, check_known, pairs_of, parameters_of, registry_of
+from ..core.state import pairs_of, parameters_of, registry_of
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,39 @@ class SerialLoraStatus:
         return (name, state, str(self.weights.get(name, "-")), rank, *map(str, cells))
 
 
-def serial_lora_status(model: nn.Module) -> SerialLoraStatus:
-    """The adapters of a model, which are active with what weights, what is fused, and where they are."""
-    registry: Registry | None = getattr(unwrap(model), "_serial_lora", None)
-    if registry is None:
+def serial_lora_status(model: Any) -> Any:
+    """The adapters of a model, which are active with what weights, what is fused, and where they are.
+
+    Returns:
+        A `SerialLoraStatus`; of a pipeline {component: status} of every component that has adapters.
+    """
+    if is_pipeline(model):
+        return {component: _status(one) for component, one in adapted(model, required=False).items()}
+    return _status(model)
+
+
+def serial_lora_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """The parameters A (r, d) and B (d, r) of one adapter, or of all, of a model or a pipeline, for an optimizer.
+
+    Raises:
+        AdapterStateError: If there is no adapter, or none of that name.
+    """
+    models = adapted(model)
+    check_known(models, [] if adapter_name is None else [adapter_name])
+    return [parameter for one in models.values() for parameter in parameters_of(one, adapter_name)]
+
+
+def _status(model: nn.Module) -> SerialLoraStatus:
+    if not has_adapters(model):
         return SerialLoraStatus(type(unwrap(model)).__name__, {}, [], {}, [], 0, 0, None)
-    pairs = pairs_of(model)
+    registry, pairs = registry_of(model), pairs_of(model)
     adapters = {}
     for name in registry.configs:
         held = {key: pair.matrices(name) for key, pair in pairs.items() if name in pair.scaling}
         matrices = [matrix for both in held.values() for matrix in both]
         adapters[name] = {
             "rank": sorted({A.shape[0] for A, _ in held.values()}),
-            "sites": len({key.partition(".serial_lora.")[0] for key in held}),
+            "sites": len({split_place(key)[0] for key in held}),
             "pairs": len(held),
             "parameters": sum(matrix.numel() for matrix in matrices),
             "dtype": sorted({str(matrix.dtype).removeprefix("torch.") for matrix in matrices}),
@@ -79,18 +101,7 @@ def serial_lora_status(model: nn.Module) -> SerialLoraStatus:
         list(active),
         dict(active),
         list(registry.fused.weights) if registry.fused is not None else [],
-        len({key.partition(".serial_lora.")[0] for key, pair in pairs.items() if pair.scaling}),
+        len({split_place(key)[0] for key, pair in pairs.items() if pair.scaling}),
         sum(a["parameters"] for a in adapters.values()),
         registry.capacity,
     )
-
-
-def serial_lora_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
-    """The parameters A (r, d) and B (d, r) of one adapter, or of all, for an optimizer.
-
-    Raises:
-        AdapterStateError: If the model has no adapter, or none of that name.
-    """
-    registry = registry_of(model)
-    check_known(registry, [] if adapter_name is None else [adapter_name])
-    return parameters_of(model, adapter_name)

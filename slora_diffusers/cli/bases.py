@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import SerialLoraError
-from ..files.format import AdapterTensors, read_adapter
+from ..files.format import AdapterFile
 from ..files.hub import base_id
 from ..files.load import load_serial_lora
 
@@ -64,14 +64,11 @@ def load_with_adapters(
     """The base with these adapters active, and their names; without a base, the one that the first file names."""
     if weights and len(weights) != len(adapters):
         raise SerialLoraError(f"{len(adapters)} adapters need as many --weight; got {len(weights)}.")
-    states = [read_adapter(adapter) for adapter in adapters]
+    states = [AdapterFile.read(adapter) for adapter in adapters]
     model = load_base(base or base_name(states[0]), dtype)
     names = [f"adapter_{i}" for i in range(len(states))] if len(states) > 1 else ["default"]
     for name, state, weight in zip(names, states, weights or [1.0] * len(states), strict=True):
-        if isinstance(model, nn.Module):
-            load_serial_lora(model, state, name, weight)
-        else:
-            model.load_serial_lora(state, name, weight)
+        load_serial_lora(model, state, name, weight)
     return model, names
 
 
@@ -87,9 +84,9 @@ def _load_model(base: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Mod
     return model_class.from_pretrained(base, dtype=dtype).eval()
 
 
-def base_name(state: AdapterTensors) -> str:
+def base_name(file: AdapterFile) -> str:
     """The base that an adapter's header names."""
-    name = base_id(state.metadata.get("components", {}))
+    name = base_id(file.components)
     if name is None:
         raise SerialLoraError("The adapter's file does not say what base it is for. Give it with --base.")
     return name

@@ -7,16 +7,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from torch import nn
 
-from ..adapters.attach import unload_serial_lora
 from ..adapters.fuse import fuse_serial_lora
+from ..adapters.lifecycle import unload_serial_lora
 from ..convert import compress_lora, export_lora
-from ..convert.merge import merge_serial_lora, merge_states
+from ..convert.merge import merge_files, merge_serial_lora
 from ..errors import SerialLoraError
-from ..files.format import WEIGHT_NAME, read_adapter
+from ..files.format import AdapterFile
 from ..files.load import load_serial_lora
-from ..files.save import save_serial_lora, write_state
+from ..files.save import save_serial_lora
 from .bases import base_name, dtype_of, is_model, load_base, load_with_adapters
 from .console import ERR, NOT_VERIFIED, OUT, Debug, Json, PlainErrors, show, track
 from .describe import inspect_adapter, inspect_model, tables
@@ -134,7 +133,7 @@ def compress(
     report = compress_lora(
         model, lora, rank, inputs=input, keep_rest=rest, plot=plot, weight_name=weight_name, track=track
     )
-    path = _save(model, output, report.adapter_name)
+    path = save_serial_lora(model, output, report.adapter_name)
     if json:
         show({"adapter": path, **vars(report)}, True)
     else:
@@ -161,12 +160,12 @@ def merge(
             f"{len(weights)}."
         )
     if base is None:
-        merged, report = merge_states([read_adapter(a) for a in adapters], weights, rank, track)
-        path = write_state(merged, output, WEIGHT_NAME, None, True)
+        merged, report = merge_files([AdapterFile.read(a) for a in adapters], weights, rank, track)
+        path = merged.write(output)
     else:
         model, names = load_with_adapters(base, adapters, None)
         report = merge_serial_lora(model, names, weights, "merged", rank, track=track)
-        path = _save(model, output, "merged")
+        path = save_serial_lora(model, output, "merged")
     result = {"file": path, **vars(report), "weights": dict(zip(adapters, weights, strict=True))}
     show(result if json else f"{report}\n{path}", json)
 
@@ -188,12 +187,8 @@ def fuse(
         raise SerialLoraError(f"{output} is not empty: a checkpoint is not written into another. Choose a new folder.")
     model, _ = load_with_adapters(base, adapters, weight, dtype)
     with ERR.status("Fusing and writing"):
-        if isinstance(model, nn.Module):
-            fuse_serial_lora(model, scale=scale)
-            unload_serial_lora(model)
-        else:
-            model.fuse_serial_lora(scale=scale)
-            model.unload_serial_lora()
+        fuse_serial_lora(model, scale=scale)
+        unload_serial_lora(model)
         model.save_pretrained(output)  # pyright: ignore[reportCallIssue]
     show({"checkpoint": output, "adapters": adapters} if json else f"Fused checkpoint: {output}", json)
 
@@ -209,17 +204,10 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check that an adapter gives the same live, fused and exported. Exit code 3 if it does not."""
-    state = read_adapter(adapter)
-    model = load_base(base or base_name(state))
-
-    def load() -> None:
-        if isinstance(model, nn.Module):
-            load_serial_lora(model, state)
-        else:
-            model.load_serial_lora(state)
-
+    file = AdapterFile.read(adapter)
+    model = load_base(base or base_name(file))
     with ERR.status("Running it live, fused and exported"):
-        report = verify_adapter(model, load, tolerance, size)
+        report = verify_adapter(model, lambda: load_serial_lora(model, file), tolerance, size)
     if json:
         show({"passed": report.passed, **vars(report)}, True)
     else:
@@ -242,9 +230,3 @@ def _show_verified(report: Any) -> None:
     for what in report.skipped:
         OUT.print(f"Not checked: {what}.")
     OUT.print("passed" if report.passed else "[red]failed[/]")
-
-
-def _save(model: Any, output: Path, name: str) -> Path:
-    if isinstance(model, nn.Module):
-        return save_serial_lora(model, output, name)
-    return model.save_serial_lora(output, name)

@@ -11,14 +11,16 @@ from rich.table import Table
 from torch import nn
 
 from ..config import SerialLoraConfig, block_index
-from ..convert.export import components_of
 from ..convert.lowrank import LowRank
 from ..convert.merge import scaled_pairs
 from ..convert.plots import plot_spectra
+from ..core.components import components_of
+from ..core.names import split_place
 from ..core.sites import find_slots, lora_equivalent, select_slots
 from ..errors import SerialLoraError
 from ..files.fingerprint import describe_base
-from ..files.format import AdapterTensors, find_file, read_adapter
+from ..files.format import AdapterFile, Component
+from ..files.storage import find_file
 
 
 @dataclass(frozen=True)
@@ -63,25 +65,25 @@ class InspectReport:
 
 def inspect_adapter(source: str, base: Any = None, plot: Path | None = None) -> InspectReport:
     """Describe an adapter's file; with its base, the LoRA equivalent is counted instead of estimated."""
-    state = read_adapter(source)
-    scaled = scaled_pairs(state)
-    models = components_of(base)[0] if base is not None else {}
-    components = {name: _adapter_component(state, name, pairs, models.get(name)) for name, pairs in scaled.items()}
+    file = AdapterFile.read(source)
+    scaled = scaled_pairs(file)
+    models = components_of(base) if base is not None else {}
+    components = {c: _adapter_component(file.components[c], pairs, models.get(c)) for c, pairs in scaled.items()}
     if plot is not None:
         spectra = {
-            f"{component}.{key.replace('.serial_lora.', ' ')}": part.singular_values()[: part.rank].tolist()
+            f"{component}.{' '.join(split_place(key))}": part.singular_values()[: part.rank].tolist()
             for component, pairs in scaled.items()
             for key, part in pairs.items()
         }
         plot_spectra(spectra, plot, "Singular values of the adapter's pairs")
     path = find_file(source)
-    return InspectReport(source, "adapter", path.stat().st_size, state.metadata.get("library_version"), components)
+    return InspectReport(source, "adapter", path.stat().st_size, file.library_version, components)
 
 
 def inspect_model(source: str, model: Any) -> InspectReport:
     """Describe the places for pairs in every component of a pipeline, or in a model."""
     components = {}
-    for name, module in components_of(model)[0].items():
+    for name, module in components_of(model).items():
         try:
             slots = find_slots(module)
         except SerialLoraError:
@@ -90,7 +92,7 @@ def inspect_model(source: str, model: Any) -> InspectReport:
         chosen = select_slots(module, config)
         names = [slot.pair.name for slot in slots]
         components[name] = ComponentReport(
-            describe_base(module),
+            describe_base(module).to_json(),
             config.to_dict(),
             (config.rank,),
             len({slot.path for slot in chosen}),
@@ -144,12 +146,9 @@ def _rows(report: InspectReport, part: ComponentReport) -> list[tuple[str, str]]
     return rows
 
 
-def _adapter_component(
-    state: AdapterTensors, name: str, pairs: Mapping[str, LowRank], model: nn.Module | None
-) -> ComponentReport:
-    header = state.metadata["components"][name]
-    config = SerialLoraConfig.from_dict(header["config"])
-    places = [key.split(".serial_lora.") for key in pairs]
+def _adapter_component(component: Component, pairs: Mapping[str, LowRank], model: nn.Module | None) -> ComponentReport:
+    config = component.config or SerialLoraConfig()
+    places = [split_place(key) for key in pairs]
     kinds = [pair for _, pair in places]
     norms: dict[str, dict[str, float]] = {}
     for (path, pair), part in zip(places, pairs.values(), strict=True):
@@ -162,8 +161,8 @@ def _adapter_component(
         exact = sum(part.numel * (1 if pair.endswith(("output", "forward")) else 4)
                     for (_, pair), part in zip(places, pairs.values(), strict=True))  # fmt: skip
     return ComponentReport(
-        header.get("base", {}),
-        header["config"],
+        component.base.to_json(),
+        config.to_dict(),
         tuple(sorted({part.rank for part in pairs.values()})),
         len({path for path, _ in places}),
         {pair: kinds.count(pair) for pair in dict.fromkeys(kinds)},
@@ -171,5 +170,5 @@ def _adapter_component(
         exact,
         model is not None,
         norms,
-        tuple(sorted({str(t.dtype).removeprefix("torch.") for k, t in state.items() if k.startswith(f"{name}.")})),
+        tuple(sorted({str(t.dtype).removeprefix("torch.") for t in component.tensors.values()})),
     )

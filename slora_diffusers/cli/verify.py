@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.attach import unload_serial_lora
 from ..adapters.fuse import fuse_serial_lora, unfuse_serial_lora
+from ..adapters.lifecycle import unload_serial_lora
 from ..convert import export_lora
-from ..convert.export import components_of, equivalent_lora
+from ..convert.export import equivalent_lora
 from ..convert.layouts.write import Target, unread_by_diffusers
+from ..core.components import adapted
 from ..core.sites import find_slots, unwrap
 from ..core.state import pairs_of, registry_of
 from ..errors import SerialLoraError
@@ -71,16 +72,15 @@ def verify(model: Any, load: Callable[[], None], tolerance: float, size: int | N
         why = "the whole forward: a bare diffusers model has no inputs of its own; verify with its pipeline"
         return VerifyReport(pairs, {}, None, None, tolerance, (why,))
     live = run()
-    models = {c: m for c, m in components_of(model)[0].items() if getattr(unwrap(m), "_serial_lora", None) is not None}
-    for m in models.values():
-        fuse_serial_lora(m)
+    models = adapted(model)
+    fuse_serial_lora(model)
     outputs = {"fused": _difference(run(), live)}
-    for m in models.values():
-        unfuse_serial_lora(m)
+    unfuse_serial_lora(model)
     outputs["unfused"] = _difference(run(), live)
     with tempfile.TemporaryDirectory() as folder:
         loaded = _stock_lora(model, models, Path(folder))
-        restored = _unload(models, run, base)
+        unload_serial_lora(model)
+        restored = torch.equal(run(), base)
         skipped = loaded() if loaded is not None else "the exported LoRA: PEFT is not installed (pip install peft)"
         if skipped is None:
             outputs["exported"] = _difference(run(), live)
@@ -91,9 +91,7 @@ def _compare_pairs(model: Any) -> dict[str, float]:
     """W (x + sBA x) against W' x and W x + B_m A x, for random x, over all pairs."""
     worst = {"fused": 0.0, "exported": 0.0}
     generator = torch.Generator().manual_seed(0)
-    for m in components_of(model)[0].values():
-        if getattr(unwrap(m), "_serial_lora", None) is None:
-            continue
+    for m in adapted(model).values():
         pairs, lora = pairs_of(m), equivalent_lora(m, registry_of(m).active, "peft")
         for slot in find_slots(m):
             pair = pairs.get(slot.key)
@@ -101,8 +99,7 @@ def _compare_pairs(model: Any) -> dict[str, float]:
                 assert pair is not None
                 W = projection.weight.data.float()
                 x = torch.randn(8, slot.features, generator=generator).to(W.device)
-                whole = f"{slot.path}.{projection.name}" if slot.path else projection.name
-                part = lora.get(whole) or lora[slot.path]
+                part = lora.get(slot.called(projection)) or lora[slot.path]
                 live = F.linear(pair(x), W)
                 fused = F.linear(x, pair.fused_weight(W, pair.gains))
                 exported = F.linear(x, W) + F.linear(F.linear(x, part.A.float()), part.B.float())
@@ -128,12 +125,6 @@ def _stock_lora(model: Any, models: dict[str, nn.Module], folder: Path) -> Calla
             peft.PeftModel.from_pretrained(m, folder / component if pipeline is not None else folder).eval()
 
     return load
-
-
-def _unload(models: dict[str, nn.Module], run: Callable[[], Tensor], base: Tensor) -> bool:
-    for m in models.values():
-        unload_serial_lora(m)
-    return torch.equal(run(), base)
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.fuse import base_weights, check_plain
+from ..adapters.fuse import base_weights
+from ..core.components import adapted, components_of, free_name, is_pipeline
 from ..core.sites import Slot, find_slots, in_features, out_features
 from ..core.state import check_new_name, registry_of
 from ..errors import AdapterFileError, SerialLoraError
 from ..files.fingerprint import describe_base
-from ..files.load import free_name, plan_load
-from ..files.save import library_version
-from .export import components_of
+from ..files.format import library_version
+from ..files.load import apply_plans, plan_load
 from .layouts.read import ReadLora, read_lora
 from .layouts.write import Target, unread_by_diffusers, write_lora
 from .lowrank import LowRank, Products, Track, check_rank, silently
@@ -148,24 +148,24 @@ def compress_lora(
     Source: Eckart and Young for the closed form; the ridge is Tikhonov's.
     """
     _check_arguments(rank, ridge)
-    models, pipeline = components_of(model)
+    models, pipeline = components_of(model), model if is_pipeline(model) else None
     lora = read_lora(lora_source, models, weight_name, **hub)
     slots = {c: _slots_with_parts(models[c], modules, inputs) for c, modules in lora.modules.items()}
     work = [(component, slot) for component, found in slots.items() for slot in found]
     if not work:
         raise AdapterFileError(_nothing_message(models, lora, inputs))
-    name = adapter_name or free_name(registry_of(models[work[0][0]], create=True))
+    name = adapter_name or free_name(adapted(model, required=False))
     for component in dict.fromkeys(component for component, _ in work):
         check_new_name(registry_of(models[component], create=True), name)
     pairs, sites = _compress_slots(models, work, lora, rank, ridge, track)
-    plans = [plan_load(models[c], as_adapter(models[c], c, found), c, name) for c, found in pairs.items()]
+    plans = [plan_load(models[c], as_adapter(models[c], found), name) for c, found in pairs.items()]
     rest = _rest_of(lora, work)
     files = _write_rest(rest, Path(keep_rest), models, pipeline) if keep_rest is not None and rest else []
     if plot is not None:
         plot_errors(sites, rank, Path(plot))
-    for plan in plans:
-        plan.apply(1.0)
-    return _report(name, sites, lora, rest, files, sum(plan.report.parameters for plan in plans))
+    report = _report(name, sites, lora, rest, files, sum(plan.report.parameters for plan in plans))
+    apply_plans(plans, weight=1.0)  # last, when nothing else can fail
+    return report
 
 
 def _check_arguments(rank: int, ridge: float) -> None:
@@ -221,9 +221,7 @@ def _compress_slot(
     model: nn.Module, slot: Slot, modules: Mapping[str, LowRank], rank: int, ridge: float
 ) -> tuple[LowRank, SiteError]:
     """M in fp32, and how well it does."""
-    for projection in slot.projections:
-        check_plain(slot, projection, "compress")
-    weights = base_weights(model, [slot])[0]
+    weights = base_weights(model, [slot], "compress")[0]
     S = torch.cat([W.detach().double() for W in weights])  # (n, d)
     D = _stacked(slot, modules, S)
     exact = slot.pair.optional and S.shape[0] <= S.shape[1]
@@ -242,7 +240,7 @@ def _stacked(slot: Slot, modules: Mapping[str, LowRank], S: Tensor) -> LowRank:
 
     Parts are made of one orthonormal basis of all their A's rows, so that equal A's count once.
     """
-    parts = [modules.get(_path(slot, p.name)) for p in slot.projections]
+    parts = [modules.get(slot.called(p)) for p in slot.projections]
     rows = torch.cat([part.A for part in parts if part is not None]).to(S)
     basis, sigma, Vh = torch.linalg.svd(rows, full_matrices=False)
     k = int((sigma > sigma[0] * 1e-9).sum()) or 1
@@ -276,7 +274,7 @@ def _slots_with_parts(model: nn.Module, modules: Mapping[str, LowRank], inputs: 
         slot
         for slot in slots
         if (inputs is None or slot.pair.name in inputs)
-        and any(_fits(modules.get(_path(slot, p.name)), in_features(p)) for p in slot.projections)
+        and any(_fits(modules.get(slot.called(p)), in_features(p)) for p in slot.projections)
     ]
 
 
@@ -284,13 +282,9 @@ def _fits(part: LowRank | None, features: int) -> bool:
     return part is not None and part.A.ndim == 2 and part.A.shape[1] == features
 
 
-def _path(slot: Slot, projection: str) -> str:
-    return f"{slot.path}.{projection}" if slot.path else projection
-
-
 def _rest_of(lora: ReadLora, work: Sequence[tuple[str, Slot]]) -> Products:
     """What no pair carries, by component; modules that the model lacks stay where their names say."""
-    carried = {(component, _path(slot, p.name)) for component, slot in work for p in slot.projections}
+    carried = {(component, slot.called(p)) for component, slot in work for p in slot.projections}
     rest: Products = {}
     for component, modules in lora.modules.items():
         for path, part in modules.items():
@@ -300,7 +294,7 @@ def _rest_of(lora: ReadLora, work: Sequence[tuple[str, Slot]]) -> Products:
 
 
 def _write_rest(rest: Products, folder: Path, models: Mapping[str, nn.Module], pipeline: Any) -> list[Path]:
-    components = {c: {"base": describe_base(models[c]) if _has_slots(models[c]) else {}} for c in rest}
+    components = {c: {"base": describe_base(models[c]).to_json() if _has_slots(models[c]) else {}} for c in rest}
     origin = {"library_version": library_version(), "components": components}
     target = Target({c: models[c] for c in rest}, pipeline, origin)
     format = "diffusers" if unread_by_diffusers(target) == [] else "peft"

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.fuse import base_weights, check_plain
+from ..adapters.fuse import base_weights
+from ..core.components import adapted, is_pipeline
 from ..core.layer import SerialLoraPair
+from ..core.offload import Storage
 from ..core.sites import Slot, find_slots, unwrap
 from ..core.state import Weights, names_with_weights, pairs_of, registry_of, weight_at
 from ..errors import AdapterStateError, SerialLoraError
 from ..files.fingerprint import describe_base
-from ..files.save import component_name, library_version
+from ..files.format import library_version
 from .layouts.write import Target, as_kohya, check_format, unread_by_diffusers, write_lora
 from .lowrank import LowRank, Products, Sized, Track, check_rank, silently, sizes, truncate
 
@@ -81,8 +83,7 @@ def export_lora(
             quantized or offloaded; nothing is written then.
     """
     check_rank(rank)
-    models, pipeline = components_of(model_or_pipe)
-    models = {c: m for c, m in models.items() if getattr(unwrap(m), "_serial_lora", None) is not None}
+    models, pipeline = adapted(model_or_pipe, required=False), model_or_pipe if is_pipeline(model_or_pipe) else None
     chosen = _chosen(model_or_pipe, models, adapter_names, weights)
     models = {component: models[component] for component in chosen}
     target = Target(models, pipeline, _origin(models, chosen))
@@ -104,25 +105,15 @@ def export_lora(
 
 def _origin(models: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, Weights]]) -> dict[str, Any]:
     adapters = {component: {name: _plain(w) for name, w in names.items()} for component, names in chosen.items()}
-    components = {c: {"base": describe_base(model), "adapters": adapters[c]} for c, model in models.items()}
+    components = {c: {"base": describe_base(model).to_json(), "adapters": adapters[c]} for c, model in models.items()}
     return {"library_version": library_version(), "components": components}
-
-
-def components_of(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
-    """{component: model} of a pipeline or a bare model, and the pipeline or None."""
-    if isinstance(model_or_pipe, nn.Module):
-        return {component_name(model_or_pipe): model_or_pipe}, None
-    components = getattr(model_or_pipe, "components", None)
-    if not isinstance(components, Mapping):
-        raise SerialLoraError(f"Give a model or a pipeline; got {type(model_or_pipe).__name__}.")
-    return {name: m for name, m in components.items() if isinstance(m, nn.Module)}, model_or_pipe
 
 
 def equivalent_lora(
     model: nn.Module, weights: Mapping[str, Weights], format: str = "diffusers", track: Track = silently
 ) -> dict[str, LowRank]:
     """{path of a module: dW} such that the base with these equals the model with adapters of these weights."""
-    pairs = pairs_of(model)
+    pairs, storage = pairs_of(model), Storage(unwrap(model))
     found: dict[str, LowRank] = {}
     for slot in track([s for s in find_slots(model) if s.key in pairs], "Multiplying with the base's weights"):
         pair = pairs[slot.key]
@@ -130,22 +121,26 @@ def equivalent_lora(
         gains = {name: weight_at(slot.path, weights[name]) * pair.scaling[name] for name in names}
         gains = {name: gain for name, gain in gains.items() if gain}
         if gains:
-            found |= _slot_lora(slot, pair, base_weights(model, [slot])[0], gains, format)
+            found |= _slot_lora(slot, pair, base_weights(model, [slot], "export")[0], gains, storage, format)
     if not found:
         raise AdapterStateError(f"The adapters {sorted(weights)} have no effect: every weight is 0.")
     return found
 
 
 def _slot_lora(
-    slot: Slot, pair: SerialLoraPair, base: Sequence[torch.Tensor], gains: dict[str, float], format: str
+    slot: Slot,
+    pair: SerialLoraPair,
+    base: Sequence[torch.Tensor],
+    gains: dict[str, float],
+    storage: Storage,
+    format: str,
 ) -> dict[str, LowRank]:
     A: torch.Tensor | None = None  # one for all projections of the pair
     found = {}
     for projection, W in zip(slot.projections, base, strict=True):
-        check_plain(slot, projection, "export")
-        own_A, W_B = pair.as_lora(W.data, gains)
+        own_A, W_B = pair.as_lora(W, gains, storage)
         A = own_A if A is None else A
-        path = f"{slot.path}.{projection.name}" if slot.path else projection.name
+        path = slot.called(projection)
         if projection.attribute == "weight":
             found[path] = LowRank(A, W_B)
             continue

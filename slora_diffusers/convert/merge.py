@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
-from ..adapters.attach import activate
-from ..config import SerialLoraConfig
-from ..core.sites import unwrap
+from ..core.components import adapted, check_known, held_by, names_of
+from ..core.names import split_place
 from ..core.state import Weights, check_new_name, names_with_weights, registry_of, weight_at
 from ..errors import AdapterFileError, AdapterStateError
-from ..files.format import AdapterTensors
-from ..files.load import plan_load
-from ..files.save import new_header, serial_lora_state_dict
-from .export import components_of
+from ..files.format import AdapterFile, Component, library_version
+from ..files.load import apply_plans, plan_load
+from ..files.save import adapter_file
+from ..files.storage import check_finite
 from .lowrank import LowRank, Products, Sized, Track, check_rank, silently, sizes, total, truncate
 from .pairs import adapter_keys, as_adapter, most_common, rank_patterns
 
@@ -64,30 +61,26 @@ def merge_serial_lora(
     """
     check_rank(rank)
     chosen = names_with_weights(names, weights)
-    models = _adapted(model)
-    known = {name for m in models.values() for name in registry_of(m).configs}
-    if not chosen or (set(chosen) - known):
-        raise AdapterStateError(f"names are to be some of {sorted(known)}; got {list(chosen)}.")
+    models = adapted(model)
+    if not chosen:
+        raise AdapterStateError(f"names must be some of {sorted(names_of(models))}; got none.")
+    check_known(models, chosen)
     sums: Products = {}
-    for component, m in models.items():
-        check_new_name(registry_of(m), new_name)
-        held = [name for name in chosen if name in registry_of(m).configs]
-        states = [(serial_lora_state_dict(m, name, component), chosen[name]) for name in held]
+    for component, one in models.items():
+        check_new_name(registry_of(one), new_name)
+        states = [(adapter_file(one, name, component), chosen[name]) for name in held_by(one, chosen)]
         if states:
             sums |= weighted_sums(states)
     sums, error, errors = truncate(sums, rank, track)
-    plans = [plan_load(models[c], as_adapter(models[c], c, pairs), c, new_name) for c, pairs in sums.items()]
-    for plan in plans:
-        active = dict(plan.registry.active)
-        plan.apply(1.0)
-        activate(plan.model, active)  # beside those that it sums, it would count twice
+    plans = [plan_load(models[c], as_adapter(models[c], pairs), new_name) for c, pairs in sums.items()]
+    apply_plans(plans, weight=None)  # beside those that it sums, it would count twice
     parts = [LowRank(A, B) for plan in plans for _, A, B in plan.matrices]
     return MergeReport(adapter_name=new_name, weights=chosen, pairs=len(parts), **sizes(parts, error, errors))
 
 
-def merge_states(
-    states: Sequence[AdapterTensors], weights: Sequence[float], rank: int | None = None, track: Track = silently
-) -> tuple[AdapterTensors, MergeReport]:
+def merge_files(
+    files: Sequence[AdapterFile], weights: Sequence[float], rank: int | None = None, track: Track = silently
+) -> tuple[AdapterFile, MergeReport]:
     """Merge adapters as they were read from files, without their base.
 
     Raises:
@@ -95,64 +88,57 @@ def merge_states(
             without the base.
     """
     check_rank(rank)
-    if len({frozenset(state) for state in states}) != 1:
+    if len({frozenset((c, key) for c, part in file.components.items() for key in part.tensors) for file in files}) != 1:
         raise AdapterFileError(
             "The adapters sit on different places, which takes the base to sort out: merge them with their base "
             "(merge_serial_lora, or `slora merge --base`)."
         )
-    sums, error, errors = truncate(weighted_sums(list(zip(states, weights, strict=True))), rank, track)
-    tensors, headers, parts = {}, {}, []
+    sums, error, errors = truncate(weighted_sums(list(zip(files, weights, strict=True))), rank, track)
+    components: dict[str, Component] = {}
     for component, pairs in sums.items():
-        header = dict(states[0].metadata["components"][component])
-        config = SerialLoraConfig.from_dict(header["config"])
-        common = most_common(part.rank for part in pairs.values())
-        patterns = rank_patterns(common, {key: part.rank for key, part in pairs.items()})
+        part = files[0].components[component]
+        assert part.config is not None  # or it would have no sum
+        common = most_common(one.rank for one in pairs.values())
+        patterns = rank_patterns(common, {key: one.rank for key, one in pairs.items()})
         config = replace(
-            config, rank=common, alpha=None, rank_pattern=patterns, alpha_pattern={}, rslora=False, dropout=0.0
+            part.config, rank=common, alpha=None, rank_pattern=patterns, alpha_pattern={}, rslora=False, dropout=0.0
         )
-        headers[component] = {**header, "config": config.to_dict()}
-        tensors |= adapter_keys(component, pairs)
-        parts += pairs.values()
-    merged = AdapterTensors(tensors, new_header(headers))
+        components[component] = Component(adapter_keys(pairs), config, part.base)
+    parts = [part for pairs in sums.values() for part in pairs.values()]
     named: dict[str, Weights] = {f"{i}": weight for i, weight in enumerate(weights)}
     report = MergeReport(adapter_name="merged", weights=named, pairs=len(parts), **sizes(parts, error, errors))
-    return merged, report
+    return AdapterFile(components, library_version=library_version()), report
 
 
-def weighted_sums(states: Sequence[tuple[AdapterTensors, Weights]]) -> Products:
+def weighted_sums(states: Sequence[tuple[AdapterFile, Weights]]) -> Products:
     """sum_i w_i s_i B_i A_i of every pair, by concatenation."""
     found: dict[str, dict[str, list[LowRank]]] = {}
     for state, weight in states:
         for component, pairs in scaled_pairs(state).items():
             for key, part in pairs.items():
-                w = weight_at(key.partition(".serial_lora.")[0], weight)
+                w = weight_at(split_place(key)[0], weight)
                 found.setdefault(component, {}).setdefault(key, []).append(LowRank(part.A, part.B * w))
     return {component: {key: total(parts) for key, parts in pairs.items()} for component, pairs in found.items()}
 
 
-def scaled_pairs(state: AdapterTensors) -> Products:
+def scaled_pairs(file: AdapterFile) -> Products:
     """The pairs of an adapter's file, its scales s in B, in fp32.
 
     Raises:
-        AdapterFileError: If it says nothing of its scale.
+        AdapterFileError: If it says nothing of its scale, or lacks a matrix.
     """
     found: Products = {}
-    for key, A in state.items():
-        if not key.endswith(".lora_A.weight") or key.startswith("head."):
-            continue
-        component, _, place = key.removesuffix(".lora_A.weight").partition(".")
-        header = state.metadata.get("components", {}).get(component, {})
-        if "config" not in header:
+    for component, part in file.components.items():
+        if part.config is None:
             raise AdapterFileError(f"The adapter has no config for {component!r}, so its scale is unknown.")
-        s = SerialLoraConfig.from_dict(header["config"]).scaling_of(place.partition(".serial_lora.")[0], A.shape[0])
-        B = state[key.replace(".lora_A.weight", ".lora_B.weight")]
-        found.setdefault(component, {})[place] = LowRank(A.float(), B.float() * s)
+        for place, both in part.pairs().items():
+            A, B = both.get("A"), both.get("B")
+            if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel():
+                raise AdapterFileError(
+                    f"The adapter is damaged at {component}.{place}: there must be lora_A (r, d) and lora_B (d, r); "
+                    f"got { ({key: tuple(tensor.shape) for key, tensor in both.items()}) }."
+                )
+            check_finite({f"{place}.lora_{which}": matrix for which, matrix in both.items()})
+            s = part.config.scaling_of(split_place(place)[0], A.shape[0])
+            found.setdefault(component, {})[place] = LowRank(A.float(), B.float() * s)
     return found
-
-
-def _adapted(model: Any) -> Mapping[str, nn.Module]:
-    models, _ = components_of(model)
-    adapted = {c: m for c, m in models.items() if getattr(unwrap(m), "_serial_lora", None) is not None}
-    if not adapted:
-        raise AdapterStateError(f"{type(model).__name__} has no Serial LoRA adapter. Load some first.")
-    return adapted

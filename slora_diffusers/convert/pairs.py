@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SerialLoraConfig
+from ..core.names import matrix_name
 from ..core.sites import Slot, find_slots, select_slots
 from ..files.fingerprint import describe_base
-from ..files.format import AdapterTensors
-from ..files.save import new_header
+from ..files.format import Component
 from .lowrank import LowRank
 
 
-def as_adapter(model: nn.Module, component: str, pairs: Mapping[str, LowRank]) -> AdapterTensors:
+def as_adapter(model: nn.Module, pairs: Mapping[str, LowRank]) -> Component:
     """One component of an adapter with s = 1, whose config chooses exactly these pairs.
 
     Args:
         model: The base.
-        component: Its name in files.
         pairs: {`<site>.serial_lora.<pair>`: M = B A}. Places that no config can tell apart from these (a pair that
             one site has and another lacks) are filled with zeros of rank 1.
     """
@@ -38,17 +37,16 @@ def as_adapter(model: nn.Module, component: str, pairs: Mapping[str, LowRank]) -
     whole = {**pairs, **zeros}
     patterns = rank_patterns(config.rank, {key: part.rank for key, part in whole.items()})
     config = SerialLoraConfig(rank=config.rank, inputs=config.inputs, targets=config.targets, rank_pattern=patterns)
-    header = {"config": config.to_dict(), "base": describe_base(model)}
-    return AdapterTensors(adapter_keys(component, whole), new_header({component: header}))
+    return Component(adapter_keys(whole), config, describe_base(model))
 
 
-def adapter_keys(component: str, pairs: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    """The tensors under their keys in an adapter's file."""
-    tensors = {}
-    for key, part in pairs.items():
-        tensors[f"{component}.{key}.lora_A.weight"] = part.A
-        tensors[f"{component}.{key}.lora_B.weight"] = part.B
-    return tensors
+def adapter_keys(pairs: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """The tensors of a component under their keys in an adapter's file."""
+    return {
+        matrix_name(place, which): matrix
+        for place, part in pairs.items()
+        for which, matrix in (("A", part.A), ("B", part.B))
+    }
 
 
 def rank_patterns(rank: int, ranks: Mapping[str, int]) -> dict[str, int]:

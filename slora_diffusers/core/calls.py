@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+Sample = tuple[tuple[str, float | None], ...]
+"""The adapters of one sample and their weights, None for the weight that is set; an empty one is the base."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -22,16 +25,18 @@ class Call:
 
     Args:
         scale: Factor on every active adapter; 0 gives the base exactly.
-        samples: Adapter name (or None for the base) of each sample of the batch; None: all samples alike.
-        batch: Batch size that the model was called with, known inside the call.
+        samples: The adapters of each sample of the batch; None: all samples alike.
+        images: Images of each sample, side by side in the batch; None: as the pipeline that calls says, else one.
+        rows: Which of the samples each row of the model's batch is, known inside the call.
         stacks: Per-pair operands of `samples`, filled on first use and dropped with the call.
         outer: The state that holds again when this one ends.
         forward: Whether the model's own forward opened this state, and so closes it.
     """
 
     scale: float = 1.0
-    samples: tuple[str | None, ...] | None = None
-    batch: int | None = None
+    samples: tuple[Sample, ...] | None = None
+    images: int | None = None
+    rows: tuple[int, ...] | None = None
     stacks: dict[Any, tuple[torch.Tensor, torch.Tensor]] | None = None
     outer: Call | None = None
     forward: bool = False
@@ -48,6 +53,7 @@ class CallState:
         self._lock = threading.Lock()
         self.entered = 0  # how many states are open, in any thread
         self.fused = False  # whether the adapters are merged into the weights, where no call can scale them
+        self.turn = Turn()
 
     def current(self) -> Call:
         """The state that holds here and now."""
@@ -61,15 +67,13 @@ class CallState:
         """Open a state: the current one with some fields replaced. `pop` closes it; `changed` does both."""
         outer = self._current.get()
         call = replace(outer, **{"outer": outer, "forward": False, **changes})
-        with self._lock:
-            self.entered += 1
         self._current.set(call)
+        self._count(1)
         return call
 
     def pop(self, call: Call) -> None:
         """Close the state that `push` opened, and all that were left open inside it."""
-        with self._lock:
-            self.entered -= 1
+        self._count(-1)
         self._current.set(call.outer or NEUTRAL)
 
     @contextmanager
@@ -80,6 +84,10 @@ class CallState:
             yield
         finally:
             self.pop(call)
+
+    def _count(self, by: int) -> None:
+        with self._lock:
+            self.entered += by
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallState:
         copy = memo[id(self)] = CallState()
@@ -92,3 +100,34 @@ class CallState:
     def __setstate__(self, state: dict[str, bool]) -> None:
         self.__init__()
         self.fused = state["fused"]
+
+
+class Turn:
+    """Whose turn it is: a forward of another thread waits while a verb changes the model's adapters."""
+
+    def __init__(self) -> None:
+        self.changed_by: int | None = None  # the thread whose verb is at work
+        self.waiting: set[int] = set()  # threads whose forward waits for it
+        self._done = threading.Condition()
+
+    def wait(self) -> None:
+        """Before a forward: let a verb of another thread finish."""
+        me = threading.get_ident()
+        if self.changed_by in (None, me):
+            return
+        with self._done:
+            self.waiting.add(me)
+            try:
+                self._done.wait_for(lambda: self.changed_by in (None, me))
+            finally:
+                self.waiting.discard(me)
+
+    def take(self) -> None:
+        """A verb begins: forwards that start from here on wait."""
+        self.changed_by = threading.get_ident()
+
+    def give_back(self) -> None:
+        """The verb has ended."""
+        with self._done:
+            self.changed_by = None
+            self._done.notify_all()

@@ -8,13 +8,14 @@ them (attention backends). The processors stay the user's own; whichever is ther
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterStateError
+from .batch import batch_size, rows_of
 from .calls import CallState
 from .layer import SerialLoraPair
 
@@ -58,14 +59,66 @@ class SerialLoraAttnProcessor:
         return tuple(new_args), new_kwargs
 
 
+class Followed:
+    """A hook on a module that others replace (PEFT, quantizers): it goes along to whatever sits at that path.
+
+    Args:
+        site: The site, which holds the pair.
+        path: Path of the hooked module from there.
+        hook: The hook that sits on it now.
+    """
+
+    def __init__(self, site: nn.Module, path: str, hook: SerialLoraAttnProcessor) -> None:
+        self.site, self.path, self.hook = site, path, hook
+        self.steps = self._steps()
+
+    def follow(self) -> None:
+        """Hook what sits at the path now, if it is another module than before. It costs a look-up per step."""
+        if all(parent._modules.get(name) is module for parent, name, module in self.steps):
+            return
+        old, self.steps = self.steps[-1][2], self._steps()
+        detach(old)
+        (_, pair), *_ = self.hook.reads.values()
+        self.hook = attach(self.steps[-1][2], {FIRST_ARGUMENT: pair})
+
+    def _steps(self) -> list[tuple[nn.Module, str, nn.Module]]:
+        steps, parent = [], self.site
+        for name in self.path.split("."):
+            module = parent._modules.get(name)
+            if module is None:
+                raise AdapterStateError(
+                    f"{type(self.site).__name__} has no {self.path!r} any more, in front of which a serial pair sits. "
+                    "Put it back, or remove the adapter first (delete_serial_lora, unload_serial_lora)."
+                )
+            steps.append((parent, name, module))
+            parent = module
+        return steps
+
+
+class Watched(Protocol):
+    """What the hooks of the whole model read of its registry."""
+
+    call: CallState
+    followed: list[Followed]
+
+
 class ModelCall:
     """Forward hooks of the whole model: `{"scale": ...}` among the attention kwargs, and the size of the batch."""
 
-    def __init__(self, call: CallState) -> None:
-        self.call = call
+    def __init__(self, registry: Watched) -> None:
+        self.registry = registry
+
+    @property
+    def call(self) -> CallState:
+        """The calls in progress on the model."""
+        return self.registry.call
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: open a state for this forward where there is something to open it for."""
+        if not torch.compiler.is_compiling():
+            self.call.turn.wait()
+            for followed in self.registry.followed:
+                followed.follow()
         call, changes = self.call.current(), {}
         for name in SCALE_ARGUMENTS:
             given = kwargs.get(name)
@@ -74,7 +127,9 @@ class ModelCall:
                 kwargs = {**kwargs, name: {k: v for k, v in given.items() if k != "scale"}}
                 changes["scale"] = changes.get("scale", call.scale) * scale
         if call.samples is not None:
-            changes["batch"] = _batch_size(args, kwargs)
+            batch = batch_size(args, kwargs)
+            changes["rows"] = None if batch is None else rows_of(len(call.samples), batch, call.images, module)
+            changes["stacks"] = call.stacks if call.rows == changes["rows"] else {}
         if changes:
             self.call.push(**changes, forward=True)
         return args, kwargs
@@ -98,7 +153,7 @@ def check_scale(scale: Any, call: CallState) -> float:
     return float(scale)
 
 
-def attach(module: nn.Module, reads: Mapping[str, SerialLoraPair]) -> None:
+def attach(module: nn.Module, reads: Mapping[str, SerialLoraPair]) -> SerialLoraAttnProcessor:
     """Hook a module so that the named arguments of its forward go through their pairs; replaces an earlier hook."""
     detach(module)
     names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -107,6 +162,7 @@ def attach(module: nn.Module, reads: Mapping[str, SerialLoraPair]) -> None:
     positions = {name: names.index(name) if name in names else len(names) for name in named}
     hook = SerialLoraAttnProcessor({name: (positions[name], pair) for name, pair in named.items()})
     module.register_forward_pre_hook(hook, with_kwargs=True)
+    return hook
 
 
 def detach(module: nn.Module) -> None:
@@ -115,9 +171,3 @@ def detach(module: nn.Module) -> None:
         if isinstance(hook, SerialLoraAttnProcessor):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    values = (kwargs.get("hidden_states"), *args, *kwargs.values())
-    first = next((v for v in values if isinstance(v, list) or (isinstance(v, torch.Tensor) and v.ndim)), None)
-    return None if first is None else len(first)  # some models take a list of images

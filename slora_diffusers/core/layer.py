@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterStateError
 from . import pair
-from .calls import Call, CallState
-from .offload import real_tensor
+from .calls import Call, CallState, Sample
+from .offload import Storage, tensor_here
 
 
 class SerialLoraPair(nn.Module):
@@ -39,7 +40,7 @@ class SerialLoraPair(nn.Module):
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor]:
         """A (r, d) and B (d, r) of one adapter: the parameters themselves, wherever they are kept."""
-        return real_tensor(self, f"lora_A_{name}"), real_tensor(self, f"lora_B_{name}")
+        return tensor_here(self, f"lora_A_{name}"), tensor_here(self, f"lora_B_{name}")
 
     def add(self, name: str, A: Tensor, B: Tensor, scaling: float, dropout: float, trainable: bool) -> None:
         """Register one adapter's A (r, d), B (d, r), scale s and dropout; it is not active yet."""
@@ -117,41 +118,66 @@ class SerialLoraPair(nn.Module):
                 self._merged = (key, A.to(device, dtype), B.to(device, dtype).contiguous())
         return self._merged[1], self._merged[2]
 
-    def stack(self, gains: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        """One pair A (R, d), B (d, R) for the sum of these adapters, with these gains."""
-        return pair.stack([(*self.matrices(name), gain) for name, gain in gains.items()])
+    def stack(self, gains: Mapping[str, float], storage: Storage | None = None) -> tuple[Tensor, Tensor]:
+        """One pair A (R, d), B (d, R) for the sum of these adapters, with these gains.
+
+        Args:
+            gains: {adapter: g_i}.
+            storage: Where to read the matrices from, for a verb; None takes them as a forward does.
+        """
+        read = self.matrices if storage is None else partial(self.kept, storage)
+        return pair.stack([(*read(name), gain) for name, gain in gains.items()])
 
     def _forward_per_sample(self, x: Tensor, call: Call) -> Tensor:
-        """x~_b = x_b + s_b B_b A_b x_b, with the adapter of each sample b."""
+        """x~_b = x_b + s_b B_b A_b x_b, with the adapters of each sample b."""
         assert call.samples is not None and call.stacks is not None
-        batch, count = x.shape[0], len(call.samples)
-        if batch % count or (call.batch is not None and batch != call.batch):
+        if len(x) != len(call.rows or call.samples):
             raise AdapterStateError(
-                f"serial_lora_batch was given {count} adapter names, but an attention reads a batch of {batch} of the "
-                f"model's {call.batch or batch} samples. Give one name per sample; the batch may hold them several "
-                "times over (classifier-free guidance), but a model that folds frames into its batch is not supported."
+                f"serial_lora_batch was given {len(call.samples)} adapter names, but an attention reads a batch of "
+                f"{len(x)}, which is not the model's own: a model that folds frames or views into its batch is not "
+                "supported. Run it once per adapter."
             )
-        key = (id(self), x.dtype, x.device, batch)
+        key = (id(self), x.dtype, x.device)
         if key not in call.stacks:
-            A, B = self._stack_samples(call.samples * (batch // count))
-            call.stacks[key] = A.to(x), B.to(x)
+            A, B = self._stack_samples(call.samples)  # (p, R, d), (p, d, R)
+            rows = torch.tensor(call.rows or range(len(call.samples)), device=x.device)
+            call.stacks[key] = A.to(x)[rows], B.to(x)[rows]
         A, B = call.stacks[key]  # (b, R, d), (b, d, R)
         return pair.shift_per_sample(x, A, B, call.scale)
 
-    def _stack_samples(self, samples: tuple[str | None, ...]) -> tuple[Tensor, Tensor]:
-        """A (b, R, d) and s B (b, d, R) of each sample's adapter, padded with zeros to the largest rank."""
-        names = {name for name in samples if name in self.scaling}
-        matrices = {name: self.matrices(name) for name in names if name is not None}
-        R = max((A.shape[0] for A, _ in matrices.values()), default=1)
-        reference = next((A for A, _ in matrices.values()), torch.zeros(()))
+    def _stack_samples(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """A (p, R, d) and B (p, d, R) of the sum of each sample's adapters, padded with zeros to the largest rank."""
+        gains = [
+            {
+                n: self.scaling[n] * (self.weights.get(n, 1.0) if w is None else w)
+                for n, w in sample
+                if n in self.scaling
+            }
+            for sample in samples
+        ]
+        stacked = [self.stack(g) if g else None for g in gains]
+        R = max((both[0].shape[0] for both in stacked if both is not None), default=1)
+        reference = next((both[0] for both in stacked if both is not None), torch.zeros(()))
         A = reference.new_zeros(len(samples), R, self.features)
         B = reference.new_zeros(len(samples), self.features, R)
-        for i, name in enumerate(samples):
-            if name is not None and name in matrices:
-                A_i, B_i = matrices[name]
-                A[i, : A_i.shape[0]] = A_i
-                B[i, :, : A_i.shape[0]] = B_i * (self.scaling[name] * self.weights.get(name, 1.0))
+        for i, both in enumerate(stacked):
+            if both is not None:
+                A[i, : both[0].shape[0]], B[i, :, : both[1].shape[1]] = both
         return A, B
+
+    def stacks(self) -> tuple[Tensor, Tensor] | None:
+        """What the reserved operands hold, to be put back by `restore_stacks`; None where nothing is reserved."""
+        if self.stacked_A is None or self.stacked_B is None:
+            return None
+        return self.stacked_A.clone(), self.stacked_B.clone()
+
+    @torch.no_grad()
+    def restore_stacks(self, held: tuple[Tensor, Tensor] | None) -> None:
+        """Fill the reserved operands as they were: in place, for compiled graphs hold these very tensors."""
+        if held is not None:
+            assert self.stacked_A is not None and self.stacked_B is not None
+            self.stacked_A.copy_(held[0])
+            self.stacked_B.copy_(held[1])
 
     def reserve(self, rank: int, like: Tensor) -> None:
         """Hold room for adapters of a summed rank, so that later changes of adapters change values, never shapes."""
@@ -171,13 +197,24 @@ class SerialLoraPair(nn.Module):
         self.stacked_A[used:].zero_()
         self.stacked_B[:, used:].zero_()
 
-    def fused_weight(self, W: Tensor, gains: Mapping[str, float]) -> Tensor:
-        """W' = W (I + sum_i g_i B_i A_i) for W of shape (out, d)."""
-        return pair.fuse(W, *self.stack(gains))
+    def kept(self, storage: Storage, name: str) -> tuple[Tensor, Tensor]:
+        """A (r, d) and B (d, r) of one adapter, from wherever they are kept between forwards.
 
-    def as_lora(self, W: Tensor, gains: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        Raises:
+            AdapterStateError: If their owner does not give them.
+        """
+        A, B = (storage.peek(self, f"lora_{matrix}_{name}") for matrix in "AB")
+        if A is None or B is None:
+            raise AdapterStateError(f"The matrices of {name!r} are offloaded and cannot be read. Take the hooks off.")
+        return A, B
+
+    def fused_weight(self, W: Tensor, gains: Mapping[str, float], storage: Storage | None = None) -> Tensor:
+        """W' = W (I + sum_i g_i B_i A_i) for W of shape (out, d)."""
+        return pair.fuse(W, *self.stack(gains, storage))
+
+    def as_lora(self, W: Tensor, gains: Mapping[str, float], storage: Storage | None = None) -> tuple[Tensor, Tensor]:
         """The equivalent LoRA on W (out, d): lora_A (R, d) and lora_B (out, R), the gains in lora_B."""
-        return pair.as_lora(W, *self.stack(gains))
+        return pair.as_lora(W, *self.stack(gains, storage))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SerialLoraPair:
         self._merged = None  # made again where the parameters went

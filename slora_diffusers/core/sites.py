@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..config import SerialLoraConfig, matches
 from ..errors import ArchitectureError, SerialLoraError
 from ..records.registry import ARCHITECTURES, REFUSED, Architecture, Pair, check_config
+from .names import place_name
+from .pair import fuse
 
 T = TypeVar("T")
 
@@ -27,18 +29,17 @@ class Projection:
     attribute: str
 
     @property
-    def parameter(self) -> Tensor:
-        """The weight as its module stores it."""
-        return getattr(self.owner, self.attribute)
-
-    @property
     def weight(self) -> Tensor:
-        """The weight as a matrix (out_features, in_features); of another shape where it is stored quantized."""
-        return self.parameter.t() if self._transposed else self.parameter
+        """The weight, (out, d), as the module shows it: perhaps a placeholder, or quantized; see `core.offload`."""
+        return self.oriented(getattr(self.owner, self.attribute))
 
-    def write(self, W: Tensor) -> None:
-        """Put a matrix (out_features, in_features) in the place of the weight's, without a copy."""
-        self.parameter.data = W.t() if self._transposed else W
+    def oriented(self, W: Tensor) -> Tensor:
+        """A weight as its module stores it -> as a matrix (out, d), and back."""
+        return W.t() if self._transposed else W
+
+    def fused(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """W' = W (I + B A) of a weight as its module stores it, stored likewise."""
+        return self.oriented(fuse(self.oriented(W), A, B)).contiguous()
 
     @property
     def _transposed(self) -> bool:
@@ -60,7 +61,11 @@ class Slot:
     @property
     def key(self) -> str:
         """The name of the place in files: `<path of the site>.serial_lora.<pair>`."""
-        return f"{self.path}.serial_lora.{self.pair.name}" if self.path else f"serial_lora.{self.pair.name}"
+        return place_name(self.path, self.pair.name)
+
+    def called(self, projection: Projection) -> str:
+        """The path of one of its projections, for messages."""
+        return f"{self.path}.{projection.name}" if self.path else projection.name
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -143,12 +148,14 @@ def lora_equivalent(model: nn.Module, chosen: list[Slot], config: SerialLoraConf
 
 def in_features(projection: Projection) -> int:
     """Width of what the projection reads; known also where the stored weight is quantized."""
-    return getattr(projection.owner, "in_features", None) or projection.weight.shape[-1]
+    width = getattr(projection.owner, "in_features", None)
+    return width if width is not None else projection.weight.shape[-1]
 
 
 def out_features(projection: Projection) -> int:
     """Width of what the projection gives."""
-    return getattr(projection.owner, "out_features", None) or projection.weight.shape[0]
+    width = getattr(projection.owner, "out_features", None)
+    return width if width is not None else projection.weight.shape[0]
 
 
 def _entry(table: Mapping[str, T], kind: type) -> T | None:

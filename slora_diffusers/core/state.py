@@ -12,20 +12,41 @@ from torch import Tensor, nn
 from ..config import SerialLoraConfig, matches
 from ..errors import AdapterStateError
 from .calls import CallState
+from .hooks import Followed
 from .layer import SerialLoraPair
+from .names import matrix_name, split_place
 from .sites import Projection, unwrap
 
 Weights = float | Mapping[str, float]
 """The weight of an adapter: a number, or {regular expression of a site: number}."""
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """One weight that a fuse replaced.
+
+    Args:
+        projection: Where it is.
+        original: The very tensor that it held, to be put back.
+        fused: A (R, d) and B (d, R) of what was merged, by which the fused weight can be made again.
+        dtype: Dtype of the fused weight.
+        checksum: Of its content; whoever changes the weight later changes that.
+    """
+
+    projection: Projection
+    original: Tensor
+    fused: tuple[Tensor, Tensor]
+    dtype: torch.dtype
+    checksum: tuple[int, int]
+
+
 @dataclass
 class Fused:
-    """What a fuse replaced: every weight's owner and the very tensor that it held."""
+    """What a fuse replaced."""
 
     weights: dict[str, Weights]
     scale: float
-    originals: list[tuple[Projection, torch.Tensor]]
+    originals: list[Replaced]
 
 
 @dataclass
@@ -37,6 +58,7 @@ class Registry:
     active: dict[str, Weights] = field(default_factory=dict)
     fused: Fused | None = None
     capacity: tuple[int, int] | None = None
+    followed: list[Followed] = field(default_factory=list)  # hooks on modules that others may replace
 
 
 def registry_of(model: nn.Module, create: bool = False) -> Registry:
@@ -65,10 +87,10 @@ def pairs_of(model: nn.Module) -> dict[str, SerialLoraPair]:
 def matrices_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """{`<path of the site>.serial_lora.<pair>.lora_A.weight`: parameter} of one adapter: its keys in a file."""
     return {
-        f"{key}.lora_{part}.weight": matrix
+        matrix_name(key, which): matrix
         for key, pair in pairs_of(model).items()
         if adapter_name in pair.scaling
-        for part, matrix in zip("AB", pair.matrices(adapter_name), strict=True)
+        for which, matrix in zip("AB", pair.matrices(adapter_name), strict=True)
     }
 
 
@@ -103,7 +125,7 @@ def check_active(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
     check_known(registry, chosen)
     check_not_fused(registry, "change the active adapters")
     pairs = pairs_of(model)
-    paths = {key.partition(".serial_lora.")[0] for key in pairs}
+    paths = {split_place(key)[0] for key in pairs}
     for name, weight in chosen.items():
         for pattern, number in weight.items() if isinstance(weight, Mapping) else [(None, weight)]:
             if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < float("inf"):

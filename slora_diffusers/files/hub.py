@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import SerialLoraConfig
+from ..core.names import split_place
 from ..errors import AdapterFileError, SerialLoraError
-from .format import AdapterTensors, read_adapter
+from .format import AdapterFile, Component
 
 PROMPT = "a photo of a cat"
 IMAGES = ("*.png", "*.jpg", "*.jpeg", "*.webp")
@@ -98,9 +98,9 @@ def write_model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     file = Path(file)
-    state = read_adapter(file)
-    components = state.metadata.get("components", {})
-    if not components:
+    state = AdapterFile.read(file)
+    components = state.components
+    if not any(part.config for part in components.values()):
         raise AdapterFileError(f"{file} has no header, so there is nothing to write a card from. Save it again.")
     base = base_model or base_id(components)
     if base is None:
@@ -119,7 +119,7 @@ def write_model_card(
         name=Path(adapter).name,
         base=f"[{base}](https://huggingface.co/{base})" if data.base_model else f"`{base}`",
         gallery="<Gallery />\n\n" if pictures else "",
-        rows="\n".join(f"| {name} | {value} |" for name, value in _facts(state, components, file).items()),
+        rows="\n".join(f"| {name} | {value} |" for name, value in _facts(components, file).items()),
         snippet=code,
         export=_export(kind, components),
         loader="`pipe.load_lora_weights`" if _stock_loads(components) else "PEFT's `PeftModel.from_pretrained`",
@@ -175,60 +175,63 @@ def publish(
     return str(commit.commit_url)
 
 
-def _snippet(components: Mapping[str, Any], base: str, adapter: str, prompt: str) -> tuple[str, str]:
+def _snippet(components: Mapping[str, Component], base: str, adapter: str, prompt: str) -> tuple[str, str]:
     """Whether the code makes a `pipe` or a `model`, and the code."""
     if "model" not in components:
-        kind = components.get("transformer", {}).get("base", {}).get("class", "")
+        kind = _kind(components, "transformer") or ""
         made = "frame" if "3D" in kind else "image"
         call = _CALLS.get(kind, repr(prompt))
         return "pipe", _PIPELINE.format(base=base, adapter=adapter, call=call, made=made)
     import transformers
 
-    kind = components["model"]["base"]["class"]
+    kind = _kind(components, "model") or ""
     template = _MODEL if hasattr(transformers, kind) else _OTHER
     return "model", template.format(base=base, adapter=adapter, kind=kind)
 
 
-def _export(kind: str, components: Mapping[str, Any]) -> str:
+def _export(kind: str, components: Mapping[str, Component]) -> str:
     if kind == "pipe":
         format = "" if _stock_loads(components) else ', format="peft"'
         return f'pipe.export_lora("lora"{format})\n'
     import transformers
 
     call = 'export_lora(model, "lora", format="peft")\n'
-    known = hasattr(transformers, components["model"]["base"]["class"])
+    known = hasattr(transformers, _kind(components, "model") or "")
     body = call if known else f"def export(model):\n    {call}"
     return "from slora_diffusers import export_lora\n\n" + ("" if known else "\n") + body
 
 
-def _stock_loads(components: Mapping[str, Any]) -> bool:
+def _stock_loads(components: Mapping[str, Component]) -> bool:
     import diffusers
 
-    kind = getattr(diffusers, components.get("transformer", {}).get("base", {}).get("class") or "", None)
+    kind = getattr(diffusers, _kind(components, "transformer") or "", None)
     return kind is not None and hasattr(kind, "load_lora_adapter")
 
 
-def _facts(state: AdapterTensors, components: Mapping[str, Any], file: Path) -> dict[str, str]:
+def _facts(components: Mapping[str, Component], file: Path) -> dict[str, str]:
     facts = {}
-    for name, header in components.items():
-        config = SerialLoraConfig.from_dict(header["config"])
-        keys = [key for key in state if key.startswith(f"{name}.") and key.endswith(".lora_A.weight")]
-        pairs = dict.fromkeys(key.split(".serial_lora.")[1].removesuffix(".lora_A.weight") for key in keys)
-        ranks = sorted({state[key].shape[0] for key in keys})
-        numel = sum(tensor.numel() for key, tensor in state.items() if key.startswith(f"{name}."))
+    for name, part in components.items():
+        pairs = part.pairs()
+        kinds = dict.fromkeys(split_place(place)[1] for place in pairs)
+        ranks = sorted({len(both["A"]) for both in pairs.values()})
+        numel = sum(tensor.numel() for tensor in part.tensors.values())
         rank = "-".join(map(str, sorted({ranks[0], ranks[-1]})))
-        alpha = "rank" if config.alpha is None else f"{config.alpha:g}"
+        alpha = "rank" if part.config is None or part.config.alpha is None else f"{part.config.alpha:g}"
         facts[name] = (
-            f"rank {rank}, alpha {alpha}, {len(keys)} pairs ({', '.join(sorted(pairs))}), {numel:,} parameters"
+            f"rank {rank}, alpha {alpha}, {len(pairs)} pairs ({', '.join(sorted(kinds))}), {numel:,} parameters"
         )
     facts["file"] = f"`{file.name}`, {file.stat().st_size:,} bytes"
     return facts
 
 
-def base_id(components: Mapping[str, Any]) -> str | None:
+def _kind(components: Mapping[str, Component], name: str) -> str | None:
+    return components[name].base.kind if name in components else None
+
+
+def base_id(components: Mapping[str, Component]) -> str | None:
     """The base's id or folder: of the pipeline, where a component's name says that it is part of one."""
-    for component, header in components.items():
-        name = header.get("base", {}).get("name")
+    for component, part in components.items():
+        name = part.base.name
         if not name:
             continue
         if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots", name):

@@ -1,4 +1,4 @@
-"""Load an adapter into a model, all or nothing."""
+"""Load an adapter into a model or a pipeline, all or nothing."""
 
 from __future__ import annotations
 
@@ -6,34 +6,33 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..adapters.attach import add_loaded
+from ..adapters.attach import put_in
 from ..config import SerialLoraConfig
+from ..core.change import changing
+from ..core.components import adapted, component_name, components_of, for_each, free_name, is_pipeline
+from ..core.offload import device_of
 from ..core.sites import Slot, find_slots, is_chosen, unwrap
 from ..core.state import Registry, check_new_name, pairs_of, registry_of
 from ..errors import AdapterFileError, AdapterStateError
 from .fingerprint import describe_base, warn_of_other_base
-from .format import (
-    AdapterTensors,
-    check_finite,
-    check_hub_arguments,
-    read_adapter,
-)
-from .save import component_name
+from .format import AdapterFile, Base, Component
+from .storage import check_finite, check_hub_arguments
 
 logger = logging.getLogger("diffusers.slora_diffusers")  # a child of diffusers' own: its verbosity holds here too
 
-Source = str | os.PathLike[str] | Mapping[str, Tensor]
+Source = str | os.PathLike[str] | Mapping[str, Tensor] | AdapterFile
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_serial_lora` loaded, and (with `strict=False`) what it passed over."""
+    """What `load_serial_lora` loaded, and (with `strict=False`) what it skipped."""
 
     adapter_name: str
     sites: int
@@ -52,7 +51,7 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked load that has not touched the model yet."""
+    """A checked load that has not touched the model yet: the matrices are copies, on the device they go to."""
 
     model: nn.Module
     registry: Registry
@@ -60,29 +59,23 @@ class Plan:
     matrices: list[tuple[Slot, Tensor, Tensor]]
     report: LoadReport
 
-    def apply(self, weight: float) -> LoadReport:
-        """Add the adapter to the model, active with this weight beside those that are active already."""
-        add_loaded(self.model, self.registry, self.report.adapter_name, self.matrices, self.config, weight)
-        passed_over = self.report.missing or self.report.unexpected or self.report.mismatched
-        logger.log(logging.WARNING if passed_over else logging.INFO, "Loaded %s", self.report)
-        return self.report
-
 
 def load_serial_lora(
-    model: nn.Module,
+    model: Any,
     source: Source,
     adapter_name: str | None = None,
     weight: float = 1.0,
     strict: bool = True,
     config: SerialLoraConfig | None = None,
     **hub: Any,
-) -> LoadReport:
-    """Load an adapter into a model; it becomes active beside those that are active already.
+) -> Any:
+    """Load an adapter into a model or a pipeline; it becomes active beside those that are active already.
 
-    Everything is read and checked before the model is touched. The base, its devices and its hooks stay as they are.
+    Everything is read and checked before a model is touched. The base, its devices and its hooks stay as they are.
 
     Args:
-        model: The base the adapter was trained on.
+        model: The base the adapter was trained on; or a pipeline, whose components get what was made for them, all
+            or none.
         source: File, folder, Hub id, or state dict.
         adapter_name: Its name from here on; `None` takes the first free one of default, default_1, ...
         weight: Weight w in `x~ = x + sum_i w_i s_i B_i A_i x`.
@@ -92,58 +85,75 @@ def load_serial_lora(
         **hub: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
     Returns:
-        The numbers of sites, pairs and parameters, and what was passed over.
+        The numbers of sites, pairs and parameters, and what was skipped; of a pipeline {component: these}.
 
     Raises:
-        SerialLoraError: If the file cannot be read or does not fit; the model is as it was.
+        SerialLoraError: If the file cannot be read or does not fit; nothing has changed then.
         TypeError: If a keyword argument is unknown.
     """
     check_hub_arguments(hub)
-    registry = registry_of(model, create=True)
-    name = free_name(registry) if adapter_name is None else adapter_name
-    check_new_name(registry, name)
     check_weight(weight)
-    tensors = read_adapter(source, **hub)
-    names = tensors.component_names()
-    component = component_name(model)
-    if component not in names and len(names) == 1:
-        component = names[0]  # a pipeline's name for this model, such as text_encoder
-    plan = plan_load(model, tensors, component, name, strict, config)
-    tensors.warn_of_rest([component])
-    return plan.apply(weight)
+    models = components_of(model)
+    name = free_name(adapted(model, required=False)) if adapter_name is None else adapter_name
+    if not is_pipeline(model):
+        check_new_name(registry_of(model, create=True), name)
+    file = AdapterFile.read(source, **hub)
+    parts = _parts_for(model, models, file, strict)
+    plans = {c: plan_load(models[c], part, name, strict, config, component=c) for c, part in parts.items()}
+    file.warn_of_rest([key for key, part in file.components.items() if any(part is taken for taken in parts.values())])
+    apply_plans(list(plans.values()), weight)
+    return for_each(model, {component: plan.report for component, plan in plans.items()})
+
+
+def apply_plans(plans: Sequence[Plan], weight: float | None) -> None:
+    """Add the adapters of checked loads to their models, all or none.
+
+    Args:
+        plans: One for each model.
+        weight: The new adapter's, active beside those that are active already; None leaves it inactive.
+    """
+    with changing(*(plan.model for plan in plans)) as change:
+        for plan in plans:
+            name, active = plan.report.adapter_name, dict(plan.registry.active)
+            if weight is not None:
+                active[name] = weight
+            put_in(change, plan.model, plan.registry, name, plan.matrices, plan.config, active, trainable=False)
+    for plan in plans:
+        skipped = plan.report.missing or plan.report.unexpected or plan.report.mismatched
+        logger.log(logging.WARNING if skipped else logging.INFO, "Loaded %s", plan.report)
 
 
 def plan_load(
     model: nn.Module,
-    tensors: AdapterTensors,
-    component: str,
+    part: Component,
     name: str,
     strict: bool = True,
     config: SerialLoraConfig | None = None,
+    component: str | None = None,
 ) -> Plan:
     """Check one component of an adapter against a model; see `load_serial_lora`."""
     registry = registry_of(model, create=True)
     check_new_name(registry, name)
-    matrices = _group(tensors, component)
-    check_finite({f"{key}.lora_{part}": t for key, both in matrices.items() for part, t in both.items()})
-    header = tensors.metadata.get("components", {}).get(component, {})
+    matrices = part.pairs()
+    if not any(matrices.values()):
+        raise _no_component(component or component_name(model), AdapterFile({component or "": part}))
+    check_finite({f"{key}.lora_{which}": t for key, both in matrices.items() for which, t in both.items()})
     if config is None:
-        config = _config_of(header, matrices, bool(tensors.metadata))
+        config = part.config or _guessed_config(matrices)
     slots = {slot.key: slot for slot in find_slots(model)}
-    expected = {key for key, slot in slots.items() if is_chosen(slot, config)} if "config" in header else set(matrices)
+    chosen_by_file = part.config is not None
+    expected = {key for key, slot in slots.items() if is_chosen(slot, config)} if chosen_by_file else set(matrices)
     missing = sorted(expected - set(matrices)) + [key for key, both in matrices.items() if len(both) < 2]
     unexpected = sorted(set(matrices) - set(slots))
     fitting = {key: slots[key] for key in slots if key in matrices and len(matrices[key]) == 2}
     mismatched = _mismatches(fitting, matrices, config)
-    if strict and (missing or unexpected or mismatched):
-        raise AdapterFileError(_misfit_message(model, header, missing, unexpected, list(mismatched.values()), slots))
     chosen = [(slot, matrices[k]["A"], matrices[k]["B"]) for k, slot in fitting.items() if k not in mismatched]
-    if not chosen:
-        raise AdapterFileError(_misfit_message(model, header, missing, unexpected, list(mismatched.values()), slots))
+    if not chosen or (strict and (missing or unexpected or mismatched)):
+        wrong = list(mismatched.values())
+        raise AdapterFileError(_misfit_message(model, part.base, missing, unexpected, wrong, slots))
     _check_capacity(model, registry, chosen)
-    theirs = header.get("base", {})
-    if theirs.get("fingerprint"):
-        warn_of_other_base("adapter", theirs, describe_base(model, list(slots.values())), stacklevel=4)
+    if part.base.fingerprint:
+        warn_of_other_base("adapter", part.base, describe_base(model, list(slots.values())), stacklevel=4)
     report = LoadReport(
         name,
         len({slot.path for slot, _, _ in chosen}),
@@ -153,13 +163,7 @@ def plan_load(
         tuple(unexpected),
         tuple(mismatched.values()),
     )
-    return Plan(model, registry, config, chosen, report)
-
-
-def free_name(registry: Registry) -> str:
-    """The first of default, default_1, ... that is not taken."""
-    names = ("default", *(f"default_{i}" for i in range(1, len(registry.configs) + 1)))
-    return next(name for name in names if name not in registry.configs)
+    return Plan(model, registry, config, [(slot, *_copies(slot, A, B)) for slot, A, B in chosen], report)
 
 
 def check_weight(weight: Any) -> None:
@@ -168,38 +172,52 @@ def check_weight(weight: Any) -> None:
         raise AdapterStateError(f"weight must be a finite number; got {weight!r}.")
 
 
-def _group(tensors: AdapterTensors, component: str) -> dict[str, dict[str, Tensor]]:
-    """{`<site>.serial_lora.<pair>`: {"A": ..., "B": ...}} of one component; odd keys keep their whole name."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        first, _, rest = key.partition(".")
-        if first != component:
-            continue
-        for part in "AB":
-            if rest.endswith(f".lora_{part}.weight") and "serial_lora." in rest:
-                found.setdefault(rest.removesuffix(f".lora_{part}.weight"), {})[part] = tensor
-                break
-        else:
-            found.setdefault(rest, {})
-    if not any(found.values()):
-        shown = ", ".join(list(tensors)[:3]) or "no key at all"
+def _parts_for(target: Any, models: Mapping[str, nn.Module], file: AdapterFile, strict: bool) -> dict[str, Component]:
+    """{component of the target: its part of the file}."""
+    parts = file.components
+    if not is_pipeline(target):
+        (component,) = models
+        if component not in parts and len(parts) == 1:
+            return {component: next(iter(parts.values()))}  # a pipeline's name for this model, such as text_encoder
+        if component not in parts:
+            raise _no_component(component, file)
+        return {component: parts[component]}
+    if list(parts) == ["model"] and "transformer" in models:
         raise AdapterFileError(
-            f"The source has no key of the component {component!r}. Expected keys like "
-            f"'{component}.<path of the attention>.serial_lora.<pair>.lora_A.weight'; found {shown} "
-            f"(components {tensors.component_names()}). An ordinary LoRA is turned into a Serial LoRA by "
-            "compress_lora()."
+            "The source was saved from a bare model that is not diffusers' own (component 'model'); load it into "
+            "that model with load_serial_lora(model, source)."
         )
-    return found
+    known = [name for name in parts if name in models]
+    if not known or (strict and len(known) < len(parts)):
+        raise AdapterFileError(
+            f"The adapter is for the components {list(parts)}, but {type(target).__name__} has {sorted(models)}. Load "
+            "it into a pipeline that has them" + (", or pass strict=False." if known else ".")
+        )
+    return {name: parts[name] for name in known}
 
 
-def _config_of(
-    header: Mapping[str, Any], matrices: Mapping[str, Mapping[str, Tensor]], from_file: bool
-) -> SerialLoraConfig:
-    if "config" in header:
-        return SerialLoraConfig.from_dict(header["config"])
+def _no_component(component: str, file: AdapterFile) -> AdapterFileError:
+    keys = [f"{name}.{key}" for name, part in file.components.items() for key in part.tensors]
+    return AdapterFileError(
+        f"The source has no key of the component {component!r}. Expected keys like "
+        f"'{component}.<path of the attention>.serial_lora.<pair>.lora_A.weight'; found "
+        f"{', '.join(keys[:3]) or 'no key at all'} (components {list(file.components)}). An ordinary LoRA is turned "
+        "into a Serial LoRA by compress_lora()."
+    )
+
+
+def _copies(slot: Slot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices where they go: copies, for a state dict's tensors may be another model's own parameters."""
+    device = device_of(slot.projections[0].owner, slot.projections[0].attribute)
+    device = "cpu" if device.type == "meta" else device  # a base that has no numbers yet must not take theirs
+    kinds = [torch.float32 if matrix.element_size() == 1 else matrix.dtype for matrix in (A, B)]  # float8 has no sums
+    return A.detach().to(device, kinds[0], copy=True), B.detach().to(device, kinds[1], copy=True)
+
+
+def _guessed_config(matrices: Mapping[str, Mapping[str, Tensor]]) -> SerialLoraConfig:
     warnings.warn(
-        f"The {'file' if from_file else 'state dict'} carries no config, so its scale is unknown: every pair is taken "
-        "with alpha = rank (s = 1). Pass config=SerialLoraConfig(...) if it was trained with another.",
+        "The source carries no config, so its scale is unknown: every pair is taken with alpha = rank (s = 1). Pass "
+        "config=SerialLoraConfig(...) if it was trained with another.",
         stacklevel=4,
     )
     ranks = {key: both["A"].shape[0] for key, both in matrices.items() if "A" in both and both["A"].ndim}
@@ -221,19 +239,18 @@ def _mismatches(
 
 def _misfit_message(
     model: nn.Module,
-    header: Mapping[str, Any],
+    base: Base,
     missing: list[str],
     unexpected: list[str],
     mismatched: list[str],
     slots: Mapping[str, Slot],
 ) -> str:
-    base = header.get("base", {})
     lines = [f"The adapter does not fit {type(unwrap(model)).__name__}; nothing was loaded."]
     for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", mismatched)):
         if keys:
             lines.append(f"{len(keys)} {what}: {'; '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}.")
-    if base:
-        lines.append(f"It was trained on {base.get('class')} {base.get('name') or ''}".rstrip() + ".")
+    if base.kind:
+        lines.append(f"It was trained on {base.kind} {base.name or ''}".rstrip() + ".")
     lines.append(f"The model has {len(slots)} places, such as {next(iter(slots))}.")
     lines.append("Load it into the base it was made for, or pass strict=False to load what fits.")
     return " ".join(lines)

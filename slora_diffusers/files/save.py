@@ -1,53 +1,49 @@
-"""Write an adapter of a model to a file, and the state dict and header that go into it."""
+"""Write an adapter of a model or a pipeline to a file, and the state dict that goes into it."""
 
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.components import adapted, check_known, held_by, the_adapter
+from ..core.names import matrix_name
+from ..core.offload import Storage
 from ..core.sites import unwrap
-from ..core.state import Registry, check_known, matrices_of, registry_of
-from ..errors import AdapterFileError, AdapterStateError
+from ..core.state import pairs_of, registry_of
 from .fingerprint import describe_base
-from .format import (
-    FORMAT_VERSION,
-    WEIGHT_NAME,
-    AdapterTensors,
-    check_finite,
-    write_adapter,
-)
+from .format import AdapterFile, Component, library_version
 from .hub import check_publishing, publish
+from .storage import WEIGHT_NAME, AdapterTensors
 
 
-def serial_lora_state_dict(
-    model: nn.Module, adapter_name: str | None = None, component: str | None = None
-) -> AdapterTensors:
+def serial_lora_state_dict(model: Any, adapter_name: str | None = None, component: str | None = None) -> AdapterTensors:
     """One adapter as it is written to a file: {key: tensor}, with the header's JSON in `.metadata`.
 
     Args:
-        model: A model with adapters.
+        model: A model with adapters; or a pipeline, over the components that have the adapter.
         adapter_name: Which one; `None` takes the only one, or the only active one.
-        component: First part of the keys; `None` takes "transformer" for a diffusers model, else "model".
+        component: First part of a model's keys; `None` takes "transformer" for a diffusers model, else "model".
     """
-    registry = registry_of(model)
-    name = the_adapter(registry) if adapter_name is None else adapter_name
-    check_known(registry, [name])
-    component = component or component_name(model)
-    tensors: dict[str, Tensor] = {}
-    for key, matrix in matrices_of(model, name).items():
-        whole = matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix  # sharded by FSDP2
-        tensors[f"{component}.{key}"] = whole.detach()
-    header = {"config": registry.configs[name].to_dict(), "base": describe_base(model)}
-    return AdapterTensors(tensors, new_header({component: header}))
+    return adapter_file(model, adapter_name, component).state_dict()
+
+
+def adapter_file(model: Any, adapter_name: str | None = None, component: str | None = None) -> AdapterFile:
+    """The same, typed."""
+    models = adapted(model)
+    name = the_adapter(models) if adapter_name is None else adapter_name
+    check_known(models, [name])
+    held = {c: _component(one, name) for c, one in models.items() if held_by(one, [name])}
+    if component is not None and isinstance(model, nn.Module):
+        held = dict(zip([component], held.values(), strict=True))
+    return AdapterFile(held, library_version=library_version())
 
 
 def save_serial_lora(
-    model: nn.Module,
+    model: Any,
     save_directory: str | os.PathLike[str],
     adapter_name: str | None = None,
     weight_name: str = WEIGHT_NAME,
@@ -59,7 +55,7 @@ def save_serial_lora(
     """Write one adapter to `save_directory/weight_name`, atomically.
 
     Args:
-        model: A model with adapters.
+        model: A model with adapters; or a pipeline, all of whose components go into the one file.
         save_directory: Folder, made if it is not there.
         adapter_name: Which one; `None` takes the only one, or the only active one.
         weight_name: Name of the file.
@@ -77,54 +73,18 @@ def save_serial_lora(
         AdapterFileError: If a weight is not finite; an earlier file of that name is left as it was.
     """
     check_publishing(push_to_hub, hub)
-    state = serial_lora_state_dict(model, adapter_name)
-    path = write_state(state, save_directory, weight_name, dtype, is_main_process)
+    file = adapter_file(model, adapter_name)
+    path = file.write(save_directory, weight_name, dtype, is_main_process)
     if push_to_hub and is_main_process:
         publish(path, push_to_hub, **hub)
     return path
 
 
-def write_state(
-    tensors: AdapterTensors,
-    save_directory: str | os.PathLike[str],
-    weight_name: str,
-    dtype: torch.dtype | None,
-    is_main_process: bool,
-) -> Path:
-    """Check an adapter's tensors and write them; see `save_serial_lora`."""
-    path = Path(save_directory)
-    if path.is_file():
-        raise AdapterFileError(f"save_directory is to be a folder, but {path} is a file.")
-    path = path / weight_name
-    if is_main_process:
-        cast = {key: t if dtype is None else t.to(dtype) for key, t in tensors.items()}
-        check_finite(cast)
-        write_adapter(path, AdapterTensors(cast, tensors.metadata))
-    return path
-
-
-def new_header(components: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of a file's header."""
-    return {"format_version": FORMAT_VERSION, "library_version": library_version(), "components": components}
-
-
-def component_name(model: nn.Module) -> str:
-    """What a bare model is called in files: "transformer" if it is diffusers', else "model"."""
-    bases = type(unwrap(model)).__mro__
-    return "transformer" if any(c.__module__.startswith("diffusers.") for c in bases) else "model"
-
-
-def the_adapter(registry: Registry) -> str:
-    """The only adapter, or the only active one."""
-    for names in (registry.configs, registry.active):
-        if len(names) == 1:
-            return next(iter(names))
-    raise AdapterStateError(f"Say which adapter: adapter_name is one of {sorted(registry.configs)}.")
-
-
-def library_version() -> str:
-    """The version of slora_diffusers that is installed."""
-    try:
-        return version("slora_diffusers")
-    except PackageNotFoundError:
-        return "0+unknown"
+def _component(model: nn.Module, name: str) -> Component:
+    storage = Storage(unwrap(model))
+    tensors: dict[str, Tensor] = {}
+    for key, pair in pairs_of(model).items():
+        if name in pair.scaling:
+            for which, matrix in zip("AB", pair.kept(storage, name), strict=True):
+                tensors[matrix_name(key, which)] = matrix.detach()
+    return Component(tensors, registry_of(model).configs[name], describe_base(model))

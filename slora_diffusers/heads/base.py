@@ -11,15 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.attach import add_serial_lora, unload_serial_lora
 from ..adapters.fuse import fuse_serial_lora
+from ..adapters.lifecycle import add_serial_lora, unload_serial_lora
 from ..config import SerialLoraConfig
+from ..core.components import has_adapters
 from ..core.state import parameters_of, registry_of
 from ..errors import AdapterFileError, AdapterStateError, ArchitectureError, SerialLoraError
 from ..files.fingerprint import describe_base, warn_of_other_base
-from ..files.format import WEIGHT_NAME, AdapterTensors, check_finite, check_hub_arguments, read_adapter
+from ..files.format import AdapterFile, Base, Head
 from ..files.load import Source, load_serial_lora
-from ..files.save import new_header, serial_lora_state_dict, write_state
+from ..files.save import adapter_file
+from ..files.storage import WEIGHT_NAME, check_finite, check_hub_arguments
 from .preprocessing import Preprocessing
 
 
@@ -65,7 +67,7 @@ class SerialLoraWithHead(nn.Module):
         Returns:
             The model itself. Save its `state_dict()`, or the backbone with its own `save_pretrained`.
         """
-        if getattr(self.backbone, "_serial_lora", None) is not None:
+        if has_adapters(self.backbone):
             fuse_serial_lora(self.backbone)
             unload_serial_lora(self.backbone)
             self._fused = True
@@ -90,23 +92,21 @@ class SerialLoraWithHead(nn.Module):
                 "The adapter is fused into the backbone, which this file does not hold: save before fuse(), or save "
                 "model.state_dict(), or model.backbone with its own save_pretrained."
             )
-        if getattr(self.backbone, "_serial_lora", None) is not None:
-            adapter = serial_lora_state_dict(self.backbone, adapter_name, "model")
+        file = AdapterFile({})
+        if has_adapters(self.backbone):
+            file = adapter_file(self.backbone, adapter_name, "model")
             if any(weight != 1 for weight in registry_of(self.backbone).active.values()):
                 warnings.warn("Adapters have weights other than 1, which files do not hold.", stacklevel=2)
-        else:
-            adapter = AdapterTensors({}, new_header({}))
-        head = {
-            "task": self.task,
-            "settings": self.settings,
-            "label_names": list(self.label_names),
-            "preprocessing": self.preprocessing.to_dict(),
-            "base": _describe(self.backbone),
-            **({"needs": self.needs} if self.needs else {}),
-        }
-        tensors = {**adapter, **{f"head.{key}": tensor for key, tensor in self.head.state_dict().items()}}
-        state = AdapterTensors(tensors, {**adapter.metadata, "head": head})
-        return write_state(state, save_directory, weight_name, dtype, is_main_process)
+        head = Head(
+            self.task,
+            self.settings,
+            self.label_names,
+            self.preprocessing.to_dict(),
+            _describe(self.backbone),
+            self.needs,
+            self.head.state_dict(),
+        )
+        return file.with_head(head).write(save_directory, weight_name, dtype, is_main_process)
 
     @classmethod
     def _from_backbone(
@@ -165,42 +165,40 @@ class SerialLoraWithHead(nn.Module):
             AdapterFileError: If the file holds no head for this task, or names no base that can be opened.
         """
         hub = {key: arguments.pop(key) for key in list(arguments) if _is_hub_argument(key)}
-        tensors = read_adapter(source, **hub)
-        saved = tensors.metadata.get("head")
-        if not saved or saved.get("task") != cls.task:
+        file = AdapterFile.read(source, **hub)
+        saved = file.head
+        if saved is None or saved.task != cls.task:
             raise AdapterFileError(
-                f"{source} holds {'a head for ' + saved['task'] if saved else 'no head'}, and {cls.__name__} needs one "
+                f"{source} holds {'a head for ' + saved.task if saved else 'no head'}, and {cls.__name__} needs one "
                 f"for {cls.task}. An adapter alone goes into a backbone with load_serial_lora()."
             )
-        if missing := {"base", "settings", "label_names", "preprocessing"} - set(saved):
-            raise AdapterFileError(f"{source} is damaged: its header lacks {', '.join(sorted(missing))} of the head.")
-        base = saved["base"]
-        if saved.get("needs") and not isinstance(backbone, nn.Module):
+        base = saved.base
+        if saved.needs and not isinstance(backbone, nn.Module):
             raise AdapterFileError(
-                f"The head of {source} was trained over the adapter in {saved['needs']}, which is not Serial LoRA: "
+                f"The head of {source} was trained over the adapter in {saved.needs}, which is not Serial LoRA: "
                 "pass backbone=, a model that has it, or use pipelines/classify_images.py or segment_images.py."
             )
         if backbone is None:
-            backbone = _beside(source, base["name"])
+            backbone = _beside(source, base.name)
         if backbone is None:
-            raise AdapterFileError(f"{source} does not say where its {base['class']} came from: pass backbone=.")
-        opened = cls._open(backbone, model_class=base["class"], **arguments)
-        if getattr(opened, "_serial_lora", None) is not None:
+            raise AdapterFileError(f"{source} does not say where its {base.kind} came from: pass backbone=.")
+        opened = cls._open(backbone, model_class=base.kind, **arguments)
+        if has_adapters(opened):
             raise AdapterStateError(
                 "The backbone has a Serial LoRA adapter already: pass the base, as it was trained on."
             )
-        preprocessing = Preprocessing.from_dict(saved["preprocessing"])
-        head = cls._make_head(opened, len(saved["label_names"]), saved["settings"], preprocessing)
-        state = _head_state(head, tensors)
-        if tensors.component_names():
-            load_serial_lora(opened, tensors)
+        preprocessing = Preprocessing.from_dict(saved.preprocessing)
+        head = cls._make_head(opened, len(saved.label_names), dict(saved.settings), preprocessing)
+        state = _head_state(head, saved)
+        if file.components:
+            load_serial_lora(opened, file)
         else:
             warn_of_other_base("head", base, _describe(opened), stacklevel=2)
         head.load_state_dict(state)  # last: a decoder is part of the base, and nothing changes if the file does not fit
         opened.requires_grad_(False)
         for trained in (*parameters_of(opened), *head.parameters()):
             trained.requires_grad_(True)
-        return cls(opened, head, saved["settings"], saved["label_names"], preprocessing).eval()
+        return cls(opened, head, saved.settings, saved.label_names, preprocessing).eval()
 
 
 def checkpoint_gradients(model: Any) -> None:
@@ -256,12 +254,12 @@ def open_model(
     raise SerialLoraError(f"{str(model_or_id)!r} holds none of the weights of a {type(model).__name__}.")
 
 
-def _describe(backbone: nn.Module) -> dict[str, str | None]:
+def _describe(backbone: nn.Module) -> Base:
     try:
         return describe_base(backbone)
     except ArchitectureError:  # no record covers it, so it has no adapter: a head alone needs none
         name = getattr(getattr(backbone, "config", None), "_name_or_path", None) or None
-        return {"class": type(backbone).__name__, "name": name, "fingerprint": None}
+        return Base(type(backbone).__name__, name)
 
 
 def _beside(source: Source, name: str | None) -> str | None:
@@ -280,8 +278,8 @@ def _is_hub_argument(name: str) -> bool:
     return True
 
 
-def _head_state(head: nn.Module, tensors: AdapterTensors) -> dict[str, Tensor]:
-    state = {key.removeprefix("head."): tensor for key, tensor in tensors.items() if key.startswith("head.")}
+def _head_state(head: nn.Module, saved: Head) -> dict[str, Tensor]:
+    state = dict(saved.tensors)
     check_finite(state)
     wanted = {key: tuple(tensor.shape) for key, tensor in head.state_dict().items()}
     given = {key: tuple(tensor.shape) for key, tensor in state.items()}

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.contexts import serial_lora_scale
 from ..errors import SerialLoraError
-from ..files.format import read_adapter
+from ..files.format import AdapterFile, Base
 from ..heads.base import open_backbone
 from ..training.data.images import SUFFIXES, read_image
 from ..training.methods import LORA_WEIGHT_NAME, PeftLora
@@ -57,22 +57,22 @@ def open_model(classes: Sequence[Any], options: argparse.Namespace) -> Any:
     device, dtype = default_device(options.dtype)
     with_lora = all((Path(options.model) / name).is_file() for name in (HEAD_NAME, LORA_WEIGHT_NAME))
     name = {"weight_name": HEAD_NAME} if with_lora else {}
-    tensors = read_adapter(options.model, **name)
-    if (options.fuse or options.scale != 1) and not tensors.component_names():
+    file = AdapterFile.read(options.model, **name)
+    if (options.fuse or options.scale != 1) and not file.components:
         held = "PEFT's LoRA" if with_lora else "none"
         raise SerialLoraError(f"--fuse and --scale are for Serial LoRA; {options.model} holds {held}.")
-    saved = tensors.metadata.get("head") or {}
-    chosen = next((c for c in classes if c.task == saved.get("task")), classes[0])
-    base = _with_lora(saved["base"], options) if with_lora else options.base
+    head = file.head
+    chosen = next((c for c in classes if head is not None and c.task == head.task), classes[0])
+    base = _with_lora(head.base, options) if with_lora and head is not None else options.base
     model = chosen.from_pretrained(options.model, base, **name).to(device)
     if options.fuse:
         model.fuse()
     return model.to(dtype)
 
 
-def _with_lora(base: dict[str, Any], options: argparse.Namespace) -> nn.Module:
+def _with_lora(base: Base, options: argparse.Namespace) -> nn.Module:
     """The base of what a recipe saved with --adapter lora, with PEFT's LoRA in it."""
-    backbone = open_backbone(options.base or base["name"], base["class"])
+    backbone = open_backbone(options.base or base.name or "", base.kind)
     PeftLora().load(backbone, Path(options.model) / LORA_WEIGHT_NAME)
     return backbone
 

@@ -7,18 +7,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters.attach import add_serial_lora
+from ..adapters.lifecycle import add_serial_lora
 from ..config import SerialLoraConfig
 from ..core.sites import find_slots
 from ..errors import SerialLoraError
-from ..files.format import WEIGHT_NAME, AdapterTensors
-from ..files.save import new_header, serial_lora_state_dict, write_state
+from ..files.format import AdapterFile
+from ..files.save import adapter_file
 
 Models = Mapping[str, nn.Module]  # by the name of the pipeline's component
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -50,13 +50,8 @@ class SerialLora:
         return str(add_serial_lora(model, config))
 
     def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
-        tensors: dict[str, Tensor] = {}
-        components: dict[str, Any] = {}
-        for name, model in models.items():
-            state = serial_lora_state_dict(model, component=name)
-            tensors.update(state)
-            components.update(state.metadata["components"])
-        return write_state(AdapterTensors(tensors, new_header(components)), folder, WEIGHT_NAME, None, is_main_process)
+        parts = [adapter_file(model, component=name) for name, model in models.items()]
+        return AdapterFile.merge(parts).write(folder, is_main_process=is_main_process)
 
 
 class PeftLora:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from ..adapters.attach import add_serial_lora
+from ..adapters.lifecycle import add_serial_lora
 from ..errors import SerialLoraError
 from .methods import ADAPTERS
 from .optim import optimizer_class

@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from ..core.components import adapted, component_name, the_adapter
 from ..core.state import matrices_of, registry_of
-from ..files.format import read_adapter
-from ..files.save import component_name, save_serial_lora, the_adapter
+from ..files.format import AdapterFile
+from ..files.save import save_serial_lora
 from .checkpoint import load_parameters
 
 
@@ -52,9 +53,9 @@ class SerialLoraCallback(TrainerCallback):
         Raises:
             SerialLoraError: If the checkpoint holds no adapter, or another.
         """
-        name = self.adapter_name or the_adapter(registry_of(model))
-        prefix = f"{component_name(model)}."
-        saved = {key.removeprefix(prefix): tensor for key, tensor in read_adapter(folder).items()}
+        name = self.adapter_name or the_adapter(adapted(model))
+        part = AdapterFile.read(folder).components.get(component_name(model))
+        saved = {} if part is None else part.tensors
         load_parameters(list(matrices_of(model, name).items()), saved)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import slora_diffusers as sl
 from slora_diffusers.cli.console import show
 from slora_diffusers.cli.describe import inspect_adapter, tables
-from slora_diffusers.convert.merge import merge_states
-from slora_diffusers.files.format import read_adapter
+from slora_diffusers.convert.merge import merge_files
+from slora_diffusers.files.format import AdapterFile
 from slora_diffusers.training.checkpoint import STATE_NAME
 from tests.adapters import add_random_adapter, traces
 from tests.fuzz.damage import Tensors, damage_bytes, damage_file, damage_json, damage_tensor, damage_tree
@@ -149,7 +149,7 @@ def merge() -> Reader:
 
     def read(given: Any) -> None:
         one, other, rank = given
-        merge_states([read_adapter(one), read_adapter(other)], [0.5, 2.0], rank)
+        merge_files([AdapterFile.read(one), AdapterFile.read(other)], [0.5, 2.0], rank)
 
     return Reader(write, read)
 

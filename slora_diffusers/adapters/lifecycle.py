@@ -1,0 +1,245 @@
+"""The life of an adapter on a model or a pipeline: add, set, delete, unload, and room reserved for swapping."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import SerialLoraConfig
+from ..core.change import changing
+from ..core.components import adapted, check_known, denoisers_of, for_each, held_by
+from ..core.names import is_of_pair
+from ..core.offload import device_of
+from ..core.pair import new_matrices
+from ..core.sites import Slot, lora_equivalent, select_slots, unwrap
+from ..core.state import (
+    Registry,
+    Weights,
+    check_active,
+    check_new_name,
+    check_not_fused,
+    check_room,
+    names_with_weights,
+    pairs_of,
+    registry_of,
+)
+from ..errors import AdapterStateError
+from .attach import activate, attach_all, drop_empty_sites, ensure_pair, put_in, register, remove_all
+
+logger = logging.getLogger("diffusers.slora_diffusers")  # a child of diffusers' own: its verbosity holds here too
+
+
+@dataclass(frozen=True)
+class AddReport:
+    """What `add_serial_lora` made: sites, pairs, their parameters, and those of a LoRA of the same rank there."""
+
+    adapter_name: str
+    sites: int
+    pairs: int
+    parameters: int
+    lora_parameters: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.adapter_name}: {self.pairs} pairs on {self.sites} sites, {self.parameters:,} parameters "
+            f"({self.parameters / self.lora_parameters:.2f} of a LoRA's {self.lora_parameters:,})"
+        )
+
+
+def add_serial_lora(model: Any, config: SerialLoraConfig, adapter_name: str = "default") -> Any:
+    """Freeze the base and add one trainable pair per input, `x~ = (I + s B A) x`, active from now on.
+
+    A (r, d) and B (d, r) are fp32 whatever the base's dtype, and B = 0: the output is the base's, to the bit.
+
+    Args:
+        model: Any model that a record covers, or that contains one; or a pipeline, over its transformers.
+        config: Rank, scale, inputs and sites.
+        adapter_name: Name of the adapter: letters, digits, "_" and "-".
+
+    Returns:
+        The numbers of sites, pairs and parameters, and the parameters of a LoRA of the same rank on these
+        attentions' q, k, v and output projections; of a pipeline {component: these}.
+
+    Raises:
+        ArchitectureError: If no record covers the model.
+        SerialLoraError: If the name is taken, the config matches nothing, or adapters are fused.
+    """
+    models = denoisers_of(model)
+    made = {component: _new_adapter(one, config, adapter_name) for component, one in models.items()}
+    with changing(*models.values()) as change:
+        for component, (registry, matrices) in made.items():
+            root = unwrap(models[component])
+            for name, parameter in root.named_parameters():
+                if not is_of_pair(name):
+                    parameter.requires_grad_(False)
+            active = {**registry.active, adapter_name: 1.0}
+            put_in(change, root, registry, adapter_name, matrices, config, active, trainable=True)
+    reports = {}
+    for component, (_, matrices) in made.items():
+        slots = [slot for slot, _, _ in matrices]
+        parameters = sum(A.numel() + B.numel() for _, A, B in matrices)
+        equivalent = lora_equivalent(models[component], slots, config)
+        sites = len({slot.path for slot in slots})
+        reports[component] = AddReport(adapter_name, sites, len(slots), parameters, equivalent)
+    return for_each(model, reports)
+
+
+def set_serial_lora(
+    model: Any, adapter_names: str | Sequence[str], weights: Weights | Sequence[Weights] | None = None
+) -> None:
+    """Make exactly these adapters active: `x~ = x + sum_i w_i s_i B_i A_i x`.
+
+    Args:
+        model: A model with adapters; or a pipeline, over the components that have the adapters.
+        adapter_names: One name or several; an empty list leaves the base.
+        weights: One weight for all, or one per name (default 1). A weight is a number, or {regular expression of
+            a site, anchored at both ends: number}, where sites that nothing matches keep 1.
+
+    Raises:
+        AdapterStateError: If a name is unknown, a pattern matches no site, or adapters are fused.
+    """
+    chosen = names_with_weights(adapter_names, weights)
+    models = adapted(model)
+    check_known(models, chosen)
+    each = {c: {name: chosen[name] for name in held_by(one, chosen)} for c, one in models.items()}
+    for component, one in models.items():
+        check_active(one, each[component])
+    with changing(*models.values()):
+        for component, one in models.items():
+            activate(one, each[component])
+
+
+def delete_serial_lora(model: Any, adapter_names: str | Sequence[str]) -> None:
+    """Remove adapters and free their memory; the last one takes its hooks along.
+
+    Args:
+        model: A model with adapters; or a pipeline, over the components that have them.
+        adapter_names: One name or several.
+
+    Raises:
+        AdapterStateError: If a name is unknown or adapters are fused.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    models = adapted(model)
+    check_known(models, names)
+    models = {component: one for component, one in models.items() if held_by(one, names)}
+    for one in models.values():
+        check_not_fused(registry_of(one), "delete an adapter")
+    with changing(*models.values()):
+        for one in models.values():
+            _delete(one, held_by(one, names))
+
+
+def unload_serial_lora(model: Any) -> None:
+    """Remove every adapter, hook and trace; the model, or every component of the pipeline, is the base again.
+
+    As with diffusers' `unload_lora_weights`, weights that are fused stay fused, and the originals are let go: call
+    `unfuse_serial_lora` first to get the base back.
+    """
+    models = adapted(model, required=False)
+    with changing(*models.values()):
+        for one in models.values():
+            if (fused := registry_of(one).fused) is not None:
+                kind = type(unwrap(one)).__name__
+                logger.info("Unloaded %s; its fused weights stay in %s.", list(fused.weights), kind)
+            remove_all(one)
+
+
+def reserve_serial_lora(
+    model: Any, capacity: tuple[int, int], inputs: Sequence[str] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Reserve room for swapping adapters without recompiling; call it before `torch.compile`.
+
+    Every site gets operands of the fixed shapes (R, d) and (d, R), with R = max_rank * max_adapters. Loading, setting
+    and deleting adapters then changes values in place, and no shape, guard or graph.
+
+    Args:
+        model: Any model that a record covers, compiled or about to be; or a pipeline, over its transformers.
+        capacity: (largest rank of an adapter, largest number of active adapters).
+        inputs: Names of the inputs to reserve for; `None` takes all but the optional ones.
+        dtype: Dtype of the operands; `None` takes the model's own.
+
+    Raises:
+        SerialLoraError: If the capacity is not two whole numbers of at least 1, or adapters are fused.
+    """
+    if len(capacity) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in capacity):
+        raise AdapterStateError(f"capacity must be (max_rank, max_adapters), both at least 1; got {capacity!r}.")
+    models = denoisers_of(model)
+    room = {component: _room(one, capacity, inputs, dtype) for component, one in models.items()}
+    with changing(*models.values()):
+        for component, (registry, places) in room.items():
+            register(models[component], registry)
+            registry.capacity = capacity
+            for slot, like in places:
+                ensure_pair(slot, registry).reserve(capacity[0] * capacity[1], like)
+            attach_all(models[component])
+
+
+def _new_adapter(
+    model: nn.Module, config: SerialLoraConfig, name: str
+) -> tuple[Registry, list[tuple[Slot, torch.Tensor, torch.Tensor]]]:
+    """A registry and untrained matrices, beside the model and not yet in it."""
+    registry = registry_of(model, create=True)
+    check_new_name(registry, name)
+    if registry.capacity is not None:
+        raise AdapterStateError(
+            "The model has capacity reserved for swapping adapters, and its fixed operands do not train. Call "
+            "unload_serial_lora() before adding an adapter to train."
+        )
+    return registry, [
+        (slot, *new_matrices(config.rank_of(slot.path, slot.key), slot.features, config.init, _device(slot)))
+        for slot in select_slots(model, config)
+    ]
+
+
+def _room(
+    model: nn.Module, capacity: tuple[int, int], inputs: Sequence[str] | None, dtype: torch.dtype | None
+) -> tuple[Registry, list[tuple[Slot, torch.Tensor]]]:
+    """The model's registry, and each slot with a tensor of the dtype and device that its operands will have."""
+    registry = registry_of(model, create=True)
+    check_not_fused(registry, "reserve capacity")
+    slots = select_slots(model, SerialLoraConfig(inputs=inputs))
+    held = {key for key, pair in pairs_of(model).items() if pair.scaling}
+    if missing := sorted(held - {slot.key for slot in slots}):
+        raise AdapterStateError(f"The adapters already there use pairs that `inputs` leaves out: {missing[:3]}.")
+    rank = capacity[0] * capacity[1]
+    for pair in pairs_of(model).values():
+        check_room(pair, pair.weights, rank)
+    return registry, [
+        (slot, torch.empty(0, dtype=dtype or _dtype(model, slot), device=_device(slot))) for slot in slots
+    ]
+
+
+def _dtype(model: nn.Module, slot: Slot) -> torch.dtype:
+    """The dtype for operands beside a slot's projections: theirs, or the model's where they are quantized."""
+    weight = getattr(slot.projections[0].owner, slot.projections[0].attribute, None)
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1:
+        return weight.dtype
+    return getattr(unwrap(model), "dtype", torch.float32)
+
+
+def _delete(model: nn.Module, names: Sequence[str]) -> None:
+    registry = registry_of(model)
+    if set(names) == set(registry.configs) and registry.capacity is None:
+        remove_all(model)
+        return
+    pairs = pairs_of(model).values()
+    for pair in pairs:
+        for name in names:
+            if name in pair.scaling:
+                pair.remove(name)
+    for name in names:
+        del registry.configs[name]
+        registry.active.pop(name, None)
+    if registry.capacity is None and not all(pair.scaling for pair in pairs):
+        drop_empty_sites(model)
+
+
+def _device(slot: Slot) -> torch.device:
+    """The device for what goes beside a slot's projections."""
+    return device_of(slot.projections[0].owner, slot.projections[0].attribute)

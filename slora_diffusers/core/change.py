@@ -1,0 +1,204 @@
+"""Nothing between: the one place in which a verb changes models. It finishes, or everything is put back.
+
+    with changing(model) as change:   # waits for forwards of other threads, remembers the state
+        ...                           # whatever is raised here, the model is as it was
+
+A verb reads, checks and computes before it enters. Inside, hooks, pairs, registry and flags are remembered for it; what
+else it changes (a weight) it names with `change.on_failure`.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from ..errors import AdapterStateError
+from .layer import SerialLoraPair
+from .names import CONTAINER
+from .sites import unwrap
+
+_PATIENCE = 60.0  # seconds that a verb waits for a forward of another thread
+_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_always_called")
+_FORWARDS = ("_call_impl", "_wrapped_call_impl", "forward")
+_one_verb = threading.RLock()
+
+
+class Change:
+    """A change in progress: what to do, besides putting the models back, if it fails."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], Any]] = []
+
+    def on_failure(self, undo: Callable[[], Any]) -> None:
+        """Call this if the change fails, after those that were named later; to be named before what it undoes."""
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Put back what was named."""
+        while self._undo:
+            self._undo.pop()()
+
+
+@contextmanager
+def changing(*models: nn.Module) -> Iterator[Change]:
+    """Change the adapters of models, all or none, while no other thread runs them.
+
+    Raises:
+        AdapterStateError: If another thread is generating with a pipeline of one of them, or its forward does not end.
+    """
+    roots = [unwrap(model) for model in models]
+    with _one_verb, _turns(roots):
+        _refuse_while_generating(roots)
+        _wait_for_forwards(roots)
+        snapshots = [Snapshot(root) for root in roots]
+        change = Change()
+        try:
+            yield change
+        except BaseException:
+            with _interrupts_later():
+                for snapshot in snapshots:
+                    snapshot.restore()
+                change.undo()
+            raise
+
+
+class Snapshot:
+    """Everything of one model that its adapters are made of, besides the base's weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.registry = vars(model).get("_serial_lora")
+        self.fields = _copied(vars(self.registry)) if self.registry is not None else {}
+        self.fused = self.registry is not None and self.registry.call.fused
+        self.trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.modules: list[tuple[nn.Module, list[dict[Any, Any]], dict[str, Any] | None, Any]] = []
+        self.pairs: list[tuple[SerialLoraPair, dict[str, Any], Any]] = []
+        for module in model.modules():
+            hooks = [dict(getattr(module, name)) for name in _HOOKS]
+            container = module._modules.get(CONTAINER)
+            held = None if container is None else dict(container._modules)
+            self.modules.append((module, hooks, held, vars(module).get("save_pretrained")))
+            if isinstance(module, SerialLoraPair):
+                self.pairs.append((module, _copied(vars(module)), module.stacks()))
+
+    def restore(self) -> None:
+        """Put it all back."""
+        for module, hooks, held, save_pretrained in self.modules:
+            for name, saved in zip(_HOOKS, hooks, strict=True):
+                _refill(getattr(module, name), saved)
+            if held is None:
+                module._modules.pop(CONTAINER, None)
+            else:
+                container = module._modules.setdefault(CONTAINER, nn.ModuleDict())
+                assert container is not None
+                _refill(container._modules, held)
+            if save_pretrained is None:
+                vars(module).pop("save_pretrained", None)
+            else:
+                vars(module)["save_pretrained"] = save_pretrained
+        for pair, state, stacks in self.pairs:
+            _refill(vars(pair), state)
+            pair.restore_stacks(stacks)
+        for parameter, trains in self.trains:
+            parameter.requires_grad_(trains)
+        if self.registry is None:
+            vars(self.model).pop("_serial_lora", None)
+        else:
+            _refill(vars(self.registry), self.fields)
+            self.registry.call.fused = self.fused
+            vars(self.model)["_serial_lora"] = self.registry
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A state whose own containers are copied, so that what is put into them later is not in the copy."""
+    return {key: copy.copy(value) if isinstance(value, dict | list | set) else value for key, value in state.items()}
+
+
+def _refill(target: Any, saved: dict[Any, Any]) -> None:
+    target.clear()
+    target.update(saved)
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold Ctrl-C back while the models are put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def _turns(models: list[nn.Module]) -> Iterator[None]:
+    turns = [registry.call.turn for m in models if (registry := vars(m).get("_serial_lora")) is not None]
+    outer = [turn.changed_by for turn in turns]  # a verb inside a verb leaves it taken
+    try:
+        for turn in turns:
+            turn.take()
+        yield
+    finally:
+        for turn, before in zip(turns, outer, strict=True):
+            if before is None:
+                turn.give_back()
+
+
+def _refuse_while_generating(models: list[nn.Module]) -> None:
+    """A pipeline runs its models many times for one image: a change between two of them is of neither state."""
+    for frame in _frames_of_others():
+        if frame.f_code.co_name != "__call__":
+            continue
+        pipe = frame.f_locals.get("self")
+        held = vars(pipe).values() if hasattr(pipe, "components") and not isinstance(pipe, nn.Module) else ()
+        if any(value is model for value in held for model in models):
+            raise AdapterStateError(
+                f"Another thread is generating with {type(pipe).__name__}, and a change now would give it an image of "
+                "neither state. Wait for it, or choose adapters per call, which only their own thread sees: "
+                "serial_lora_batch, serial_lora_scale, disable_serial_lora."
+            )
+
+
+def _wait_for_forwards(models: list[nn.Module]) -> None:
+    end = time.monotonic() + _PATIENCE
+    while _others_run(models):
+        if time.monotonic() > end:
+            raise AdapterStateError(
+                f"Another thread's forward of this model has not ended in {_PATIENCE:.0f} s. Change adapters between "
+                "its calls, or choose them per call with serial_lora_batch."
+            )
+        time.sleep(0.001)
+
+
+def _others_run(models: list[nn.Module]) -> bool:
+    """Whether another thread is inside a forward of a model; one that waits for this verb is not."""
+    waiting = set().union(*(r.call.turn.waiting for m in models if (r := vars(m).get("_serial_lora")) is not None))
+    return any(
+        frame.f_code.co_name in _FORWARDS and any(frame.f_locals.get("self") is model for model in models)
+        for frame in _frames_of_others(waiting)
+    )
+
+
+def _frames_of_others(besides: Collection[int] = ()) -> Iterator[FrameType]:
+    me = threading.get_ident()
+    if threading.active_count() == 1:
+        return
+    for thread, frame in sys._current_frames().items():
+        inner: FrameType | None = None if thread == me or thread in besides else frame
+        while inner is not None:
+            yield inner
+            inner = inner.f_back

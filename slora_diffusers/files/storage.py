@@ -1,0 +1,132 @@
+"""Where an adapter's bytes are: find a file on disk or on the Hub, read and write safetensors, never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core.tensors import is_finite
+from ..errors import AdapterFileError
+
+WEIGHT_NAME = "serial_lora_weights.safetensors"
+HEADER = "serial_lora"
+"""Field of a safetensors header that holds an adapter's JSON."""
+
+_MOST_JSON = 2**24  # characters of a header's JSON; of a large model's adapter it has some hundred thousand
+_HUB_ARGUMENTS = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
+
+
+class AdapterTensors(dict[str, Tensor]):
+    """{key in the file: tensor}, with the JSON of the file's header in `metadata`; `AdapterFile.of` reads both."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+        super().__init__(tensors)
+        self.metadata: dict[str, Any] = dict(metadata or {})
+
+
+def check_hub_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword argument that neither we nor `hf_hub_download` know."""
+    if unknown := sorted(set(arguments) - _HUB_ARGUMENTS - {"weight_name"}):
+        allowed = ", ".join(sorted(_HUB_ARGUMENTS | {"weight_name"}))
+        raise TypeError(f"Unexpected keyword argument {unknown[0]!r}; besides its own, a load takes {allowed}.")
+
+
+def read_tensors(path: Path) -> AdapterTensors:
+    """The tensors of a file and the JSON of its header.
+
+    Raises:
+        AdapterFileError: If the file is damaged, or its header is no JSON or longer than any adapter's.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(HEADER, "{}")
+            if len(text) > _MOST_JSON:
+                raise AdapterFileError(f"{path} has a header of {len(text):,} characters; at most {_MOST_JSON:,}.")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = json.loads(text)
+    except (SafetensorError, OSError, RecursionError, UnicodeError) as error:
+        raise AdapterFileError(f"{path} is not a readable safetensors file: {error}.") from error
+    except AdapterFileError:
+        raise
+    except ValueError as error:  # JSON's own errors, and numbers of more digits than Python reads
+        raise AdapterFileError(f"{path} is not a readable safetensors file: {error}.") from error
+    if not isinstance(metadata, dict):
+        raise AdapterFileError(f"{path} has a damaged header: it must be a JSON object; got {str(metadata)[:80]}.")
+    return AdapterTensors(tensors, metadata)
+
+
+def find_file(source: str | os.PathLike[str], **hub: Any) -> Path:
+    """The local path of an adapter's file, downloaded to the Hub's cache if `source` is a repository's id."""
+    name = hub.pop("weight_name", None) or WEIGHT_NAME
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        path = path / (hub.get("subfolder") or "")
+        if (path / name).is_file():
+            return path / name
+        there = sorted(p.name for p in path.glob("*.safetensors"))
+        loras = "; LoRA weights load with load_lora_weights" if "pytorch_lora_weights.safetensors" in there else ""
+        raise AdapterFileError(
+            f"There is no {name} in {path}; its safetensors files are {there}. "
+            f"Name the file with weight_name=...{loras}"
+        )
+    return _download(str(source), name, hub)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and header so that the file is there whole or not at all, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    # A name of its own for every writer: threads share a process's number.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        save_file(plain, temporary, metadata={"format": "pt", **metadata})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's file is for its owner alone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterFileError if a tensor is not of floats, or holds NaN or infinity."""
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise AdapterFileError(f"{key} is {kind}; an adapter's weights are tensors of floats.")
+        if not is_finite(tensor):
+            raise AdapterFileError(
+                f"{key} holds NaN or infinity: the training diverged, or the file is damaged. Nothing was loaded; use "
+                "an earlier checkpoint."
+            )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _download(repository: str, name: str, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name, library_name="slora_diffusers", **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterFileError(
+            f"{repository!r} is neither a local file or folder, nor a Hub repository with {name} that can be reached: "
+            f"{error}"
+        ) from error
