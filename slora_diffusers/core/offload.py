@@ -176,7 +176,8 @@ def follow_group_offload(model: nn.Module) -> None:
     """Let diffusers' group offloading, where it keeps a list of pinned parameters, list those that were added."""
     offloading = sys.modules.get("diffusers.hooks.group_offloading")
     hook = None if offloading is None else offloading._get_top_level_group_offload_hook(model)
-    if offloading is not None and hook is not None and hook.config.stream is not None:
+    # On disk it keeps no such list: parameters that came later stay in memory, and its files stay as they are.
+    if offloading is not None and hook is not None and hook.config.stream and not hook.config.offload_to_disk_path:
         offloading._maybe_remove_and_reapply_group_offloading(model)
 
 

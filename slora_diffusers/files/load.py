@@ -211,7 +211,8 @@ def _copies(slot: Slot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     device = device_of(slot.projections[0].owner, slot.projections[0].attribute)
     device = "cpu" if device.type == "meta" else device  # a base that has no numbers yet must not take theirs
     kinds = [torch.float32 if matrix.element_size() == 1 else matrix.dtype for matrix in (A, B)]  # float8 has no sums
-    return A.detach().to(device, kinds[0], copy=True), B.detach().to(device, kinds[1], copy=True)
+    A, B = (m.detach().to(device, kind, copy=True).contiguous() for m, kind in zip((A, B), kinds, strict=True))
+    return A, B
 
 
 def _guessed_config(matrices: Mapping[str, Mapping[str, Tensor]]) -> SerialLoraConfig:

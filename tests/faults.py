@@ -1,0 +1,74 @@
+"""Raise at any line of the package while a verb runs, to see whether its model is as before or as after."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+import slora_diffusers
+from tests.adapters import traces
+
+PACKAGE = str(Path(slora_diffusers.__file__).parent)
+
+
+class Fault(BaseException):
+    """What is raised: no Exception, as KeyboardInterrupt is none."""
+
+
+@contextmanager
+def fault_at(line: int | None, within: str = PACKAGE) -> Iterator[Callable[[], int]]:
+    """Raise `Fault` at the n-th line that runs inside the block in files under `within`; None only counts them."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(within):
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                raise Fault(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield lambda: count
+    finally:
+        sys.settrace(before)
+
+
+def lines_of(call: Callable[[], Any], within: str = PACKAGE) -> int:
+    """How many lines of files under `within` a call runs."""
+    with fault_at(None, within) as count:
+        call()
+    return count()
+
+
+def state_of(model: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, Any]:
+    """Everything by which a model of before could be told from a model of after."""
+    registry = vars(model).get("_serial_lora")
+    return {
+        "output": run(),
+        "weights": {key: tensor.clone() for key, tensor in model.state_dict().items()},
+        **traces(model),
+        "registry": None if registry is None else (dict(registry.configs), dict(registry.active), registry.capacity,
+                                                   registry.fused is None, registry.call.fused, registry.call.entered,
+                                                   registry.call.turn.changed_by),
+    }  # fmt: skip
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two states are equal, tensors to the bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    return one == other
