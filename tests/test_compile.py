@@ -178,3 +178,66 @@ def test_inductor_gives_the_eager_output(tmp_path):
     output_of(compiled, tiny)
     sl.load_serial_lora(model, a, "a")
     assert torch.allclose(output_of(compiled, tiny), output_a, atol=1e-4)
+
+
+def compiled_graphs_of(tiny):
+    """A compiled model of its own, and what counts the graphs that a run of it compiles."""
+    model = tiny.build()
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    output_of(run, tiny)
+
+    def compiles():
+        before = graphs()
+        output_of(run, tiny)
+        return graphs() - before
+
+    return compiles
+
+
+@pytest.mark.parametrize("verb", ["load", "fuse", "unload"])
+@pytest.mark.parametrize("neighbour", ["DiTTransformer2DModel", "SD3Transformer2DModel"], ids=["same-class", "other"])
+def test_a_change_of_an_eager_model_leaves_the_graphs_of_others_alone(neighbour, verb, tmp_path):
+    tiny = TINY["DiTTransformer2DModel"]
+    a, output_a = saved(tmp_path, tiny, "a", 1)
+    model = tiny.build()
+    compiles = compiled_graphs_of(TINY[neighbour])
+
+    def scaled(x):
+        return x * 2
+
+    torch.compile(scaled, backend="eager")(torch.ones(2))  # a function that runs no model
+    assert compiles() == 0
+    sl.load_serial_lora(model, a, "a")
+    if verb == "fuse":
+        sl.fuse_serial_lora(model)
+    if verb != "unload":
+        assert torch.allclose(output_of(model, tiny), output_a, atol=1e-5)
+    sl.unload_serial_lora(model)
+    assert compiles() == 0
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a block", "the forward", "a function around", "an argument"])
+def test_a_change_reaches_a_model_however_it_was_compiled(how, tmp_path):
+    tiny = TINY["DiTTransformer2DModel"]
+    a, output_a = saved(tmp_path, tiny, "a", 1)
+    model = tiny.build()
+    base = output_of(model, tiny)
+    run = model
+    if how == "wrapped":
+        run = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    elif how == "a block":
+        model.transformer_blocks[0] = torch.compile(model.transformer_blocks[0], backend="eager")
+    elif how == "the forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    elif how == "a function around":
+        run = torch.compile(lambda **arguments: model(**arguments), backend="eager")
+    else:
+        given = torch.compile(lambda module, arguments: module(**arguments), backend="eager")
+        run = lambda **arguments: given(model, arguments)  # noqa: E731
+    assert torch.allclose(output_of(run, tiny), base, atol=1e-5)
+    sl.load_serial_lora(model, a, "a")
+    assert torch.allclose(output_of(run, tiny), output_a, atol=1e-5)
+    sl.unload_serial_lora(model)
+    assert torch.allclose(output_of(run, tiny), base, atol=1e-5)

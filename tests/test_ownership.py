@@ -139,10 +139,13 @@ def test_every_verb_gives_the_plain_models_result_or_is_refused(owner, when, ran
     sl.set_serial_lora(model, "a0")
 
     live = run(model)
+    refused = None
     try:
         sl.fuse_serial_lora(model)
     except sl.SerialLoraError as error:
-        assert "ffload" in str(error)
+        refused = str(error)
+    if refused is not None:
+        assert "ffload" in refused
         assert torch.equal(run(model), live) and not sl.serial_lora_status(model).fused
     else:
         assert close(run(model), live), "fuse"
@@ -174,7 +177,7 @@ def test_a_base_without_numbers_does_not_take_the_adapters(tmp_path):
     sl.load_serial_lora(model, state)
     saved = sl.serial_lora_state_dict(model)
     assert all(torch.equal(saved[key], state[key]) for key in state)
-    base = {k: v for k, v in SD3.build().state_dict().items()}
+    base = SD3.build().state_dict()
     missing, unexpected = model.load_state_dict(base, strict=False, assign=True)
     assert not unexpected and all("serial_lora" in key for key in missing)
     assert close(run(model), plain(state))

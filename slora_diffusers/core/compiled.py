@@ -1,15 +1,75 @@
-"""torch.compile does not guard on hooks: graphs of a model whose hooks change must be dropped, and no others."""
+"""torch.compile does not guard on hooks: where a compiled model's hooks change, its graphs must be dropped.
+
+PyTorch drops the graphs of a whole process or none, so it is asked to only where something that is compiled runs the
+model in question: a change of an eager model leaves the graphs of all others alone.
+"""
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import nn
 
 
 def forget_compiled(model: nn.Module) -> None:
-    """Drop compiled graphs: torch.compile would go on with the forward of before."""
+    """Drop compiled graphs if one of them may run this model: it would go on with the forward of before."""
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    if eval_frame is not None and getattr(eval_frame, "cached_backends", None):
+    if eval_frame is None or not getattr(eval_frame, "cached_backends", None):
+        return
+    own = {id(module) for module in model.modules()}
+    if any(_runs(compiled, own) for compiled in _compiled_things()):
         torch.compiler.reset()
+
+
+def _compiled_things() -> Iterator[Any]:
+    """What torch.compile was called on, and the modules that it was told to compile in place."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if kind is OptimizedModule:
+            yield thing._orig_mod
+        elif kind is FunctionType:
+            if (original := vars(thing).get("_torchdynamo_orig_callable")) is not None:
+                yield original
+        elif issubclass(kind, nn.Module) and getattr(thing, "_compiled_call_impl", None) is not None:
+            yield thing
+
+
+def _runs(compiled: Any, own: set[int]) -> bool:
+    """Whether something compiled may run one of these modules, given by their ids."""
+    if isinstance(compiled, MethodType):
+        return _runs(compiled.__self__, own) if isinstance(compiled.__self__, nn.Module) else True
+    if isinstance(compiled, nn.Module):
+        return any(id(module) in own for module in compiled.modules())
+    if not isinstance(compiled, FunctionType):
+        return True  # not known: better one compilation too many than a result of before
+    cells = [cell.cell_contents for cell in compiled.__closure__ or () if _is_filled(cell)]
+    names = [compiled.__globals__.get(name) for name in compiled.__code__.co_names]
+    held = [value for value in (*cells, *names, *(compiled.__defaults__ or ())) if isinstance(value, nn.Module)]
+    return any(_runs(module, own) for module in held) or _takes_modules(compiled)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _takes_modules(function: FunctionType) -> bool:
+    """Whether the graphs of a function were guarded on modules that it was given."""
+    try:
+        from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
+        entries = _debug_get_cache_entry_list(function.__code__)
+        return any(
+            "_modules" in str(entry.guard_manager) or "nn.modules" in str(entry.guard_manager) for entry in entries
+        )
+    except (ImportError, AttributeError, TypeError):
+        return True
