@@ -9,7 +9,7 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from safetensors.torch import load_file
 
 import slora_diffusers as sl
-from slora_diffusers.convert.layouts.names import kohya_names, linears_of
+from slora_diffusers.convert.layouts.names import linears_of, original_names
 from slora_diffusers.convert.layouts.write import Target, as_kohya
 from slora_diffusers.convert.lowrank import LowRank
 from tests.adapters import add_random_adapter
@@ -108,14 +108,14 @@ class TestKohya:
     def test_every_linear_of_the_three_families_that_a_pair_feeds_has_a_name(self):
         for pipe in (tiny_sd3_pipeline(), tiny_flux_pipeline(), tiny_pixart_pipeline()):
             models = {"transformer": pipe.transformer}
-            named = [path for _, paths in kohya_names(models).values() for path in paths]
+            named = [path for place in original_names(models).values() for path in place.paths]
             assert len(named) == len(set(named))
             assert set(named) <= set(linears_of(pipe.transformer))
 
     def test_refuses_a_model_without_names(self, tmp_path):
         pipe = tiny_dit_pipeline()
         add_random_adapter(pipe.transformer)
-        with pytest.raises(sl.SerialLoraError, match=r"SD3Transformer2DModel.*DiTTransformer2DModel"):
+        with pytest.raises(sl.SerialLoraError, match=r"DiTTransformer2DModel.*SD3Transformer2DModel"):
             pipe.export_lora(tmp_path / "out", format="kohya")
         assert not (tmp_path / "out").exists()
 

@@ -43,6 +43,8 @@ class LowRank:
 
     def norm(self) -> float:
         """Frobenius norm of B A."""
+        if self.rank >= min(self.B.shape[0], self.A.shape[1:].numel()):
+            return torch.linalg.vector_norm(self.B.double() @ self.A.double().flatten(1)).item()
         return torch.linalg.vector_norm(self.singular_values()).item()
 
     def singular_values(self) -> Tensor:
@@ -63,10 +65,16 @@ class LowRank:
         B = Q_B @ (U[:, :rank] * root)
         A = (root[:, None] * Vh[:rank]) @ Q_A.T
         lost = torch.linalg.vector_norm(sigma[rank:]).item()
-        return LowRank(A.to(self.A.dtype), B.to(self.B.dtype)), lost
+        return LowRank(A.to(self.A.dtype).reshape(-1, *self.A.shape[1:]), B.to(self.B.dtype)), lost
+
+    def thin(self, tolerance: float = 1e-6) -> LowRank:
+        """The same product at the least rank that holds it to a relative error."""
+        sigma = self.singular_values()
+        left = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # lost at the ranks 0, 1, 2, ...
+        return self.truncated(max(1, int((left > tolerance * left[0]).sum())))[0]
 
     def _qr(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return torch.linalg.qr(self.B.double()), torch.linalg.qr(self.A.double().T)
+        return torch.linalg.qr(self.B.double()), torch.linalg.qr(self.A.double().flatten(1).T)
 
 
 Products = dict[str, dict[str, LowRank]]

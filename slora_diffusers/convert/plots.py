@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import SerialLoraError
 
 if TYPE_CHECKING:
-    from .compress import SiteError
+    from .closed_form import SiteError
 
 _BAND, _LINE, _MARK = "#c9d8ec", "#1f5fa8", "#c2410c"
 

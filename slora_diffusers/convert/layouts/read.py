@@ -1,31 +1,74 @@
-"""Read an ordinary LoRA of any common layout: diffusers, PEFT, kohya, and the original models' names."""
+"""Read a LoRA of any layout and kind, for the models at hand: what changes which of their modules, and what is left."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...errors import AdapterFileError, SerialLoraError
-from ...files.format import check_finite, find_file
-from ..lowrank import LowRank, Products
-from .names import kohya_names, linears_of, out_features
+from ...adapters.fuse import peek_weight
+from ...core.sites import Projection
+from ...errors import AdapterFileError, AdapterStateError
+from ...files.storage import check_finite, find_file
+from ..lowrank import LowRank
+from .kinds import Settings, change_of, needs_weight, settings_of, shape_of
+from .names import Place, linears_of, places_of, weight_of
+from .parts import Module, Parts, sort_keys
+from .spellings import find_place, is_of_another_component
+from .stock import stock_places
 from .write import DIFFUSERS_NAME, PEFT_CONFIG, PEFT_NAME
 
-_DOWN = r"lora_A|lora_down|lora\.down|lora_linear_layer\.down"
-_UP = r"lora_B|lora_up|lora\.up|lora_linear_layer\.up"
-_KEY = re.compile(rf"(?P<module>.+?)\.(?:(?P<A>{_DOWN})|(?P<B>{_UP}))(?:\.(?!weight|bias)\w+)?\.weight")
-_OTHER_ADAPTERS = ("lora_magnitude_vector", "dora_scale", "hada_w", "lokr_w", "oft_")
-_PREFIXES = ("base_model.model.", "diffusion_model.", "model.diffusion_model.")
+
+@dataclass(frozen=True)
+class Part:
+    """What a LoRA changes of one Linear: some rows of one of its modules.
+
+    Args:
+        module: The module in the file.
+        settings: Its PEFT settings.
+        place: Where the whole module belongs.
+        path: The Linear.
+        models: The models that the LoRA is for.
+    """
+
+    module: Module
+    settings: Settings
+    place: Place
+    path: str
+    models: Mapping[str, nn.Module] = field(repr=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is an ordinary LoRA, whose rank is its own."""
+        return self.module.label == "LoRA"
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters, as those of an ordinary LoRA on this Linear alone."""
+        numel = {part: tensor.numel() for part, tensor in self.module.tensors.items()}
+        rows, height = self.place.paths[self.path].numel(), self.place.height
+        if "up" in numel:
+            return numel["down"] + numel["up"] * rows // height
+        return sum(numel.values()) * rows // height
+
+    def change(self) -> LowRank:
+        """dW of the Linear, (out, in) or as the weight of a convolution."""
+        model = self.models[self.place.component]
+        W = _weight(model, self.place) if needs_weight(self.module) else None
+        dW = change_of(self.module, self.settings, W)
+        if dW.B.shape[0] != self.place.height:
+            raise AdapterFileError(_misfit(self.module, self.place, dW.B.shape[0]))
+        A, shape = dW.A, weight_of(linears_of(model)[self.path]).shape[1:]
+        if len(shape) > 1 and A.ndim == 2 and shape.numel() == A.shape[1]:
+            A = A.reshape(-1, *shape)
+        return LowRank(A, dW.B[self.place.paths[self.path]])
 
 
 @dataclass
@@ -33,148 +76,119 @@ class ReadLora:
     """A LoRA sorted by what it sits on.
 
     Args:
-        modules: {component: {path of a module of the model: its dW, the scale in B}}.
-        unknown: {name in the file: its dW} of what the model has no module for.
-        ignored: Keys that are neither A, B nor alpha of a LoRA (biases, differences of norms).
+        parts: {component: {path of a Linear: its change}}.
+        elsewhere: Modules of components that are not among the models.
+        unknown: Modules whose name no Linear of the models has.
+        rest: Keys that are no part of any module.
+        tensors: The file as it is, for keeping what is left.
     """
 
-    modules: Products = field(default_factory=dict)
-    unknown: dict[str, LowRank] = field(default_factory=dict)
-    ignored: list[str] = field(default_factory=list)
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    parts: dict[str, dict[str, Part]] = field(default_factory=dict)
+    elsewhere: list[Module] = field(default_factory=list)
+    unknown: list[Module] = field(default_factory=list)
+    rest: list[str] = field(default_factory=list)
+
+    def kinds(self) -> dict[str, int]:
+        """{kind in words: number of modules}."""
+        modules = {p.module.name: p.module for parts in self.parts.values() for p in parts.values()}
+        labels = [module.label for module in (*modules.values(), *self.elsewhere, *self.unknown)]
+        return {label: labels.count(label) for label in dict.fromkeys(labels)}
 
 
-def read_lora(source: Any, models: Mapping[str, nn.Module], weight_name: str | None = None, **hub: Any) -> ReadLora:
+def read_lora(
+    source: Any, models: Mapping[str, nn.Module], weight_name: str | None = None, pipeline: Any = None, **hub: Any
+) -> ReadLora:
     """Read a LoRA from a file, a folder, a Hub id or a state dict, for these models.
+
+    Where a module belongs, the pipeline's own converter says first, and the names that are known here else.
 
     Args:
         source: Path, Hub id, or {key: tensor}.
         models: {component: model} that it is for.
         weight_name: Name of the file in a folder or repository; by default the usual ones are tried.
+        pipeline: The pipeline that the models are of, if there is one.
         **hub: `revision`, `token` and so on, as for `hf_hub_download`.
 
     Raises:
-        AdapterFileError: If there is no such file, it holds no LoRA, or an adapter of another kind.
+        AdapterFileError: If there is no such file, it holds no LoRA, or one for another model.
     """
-    tensors, settings = _read(source, weight_name, hub)
-    if other := next((key for key in tensors for kind in _OTHER_ADAPTERS if kind in key), None):
-        raise AdapterFileError(
-            f"{_name(source)} is not a plain LoRA (it has {other!r}): DoRA, LoHa, LoKr and OFT are no low-rank sums."
-        )
-    if any(".serial_lora." in key for key in tensors):
-        raise AdapterFileError(
-            f"{_name(source)} is a Serial LoRA already: load it with load_serial_lora(), or write the LoRA that it "
-            "equals with export_lora()."
-        )
-    read, parts, alphas = ReadLora(), {}, {}
-    for key, tensor in tensors.items():
-        if match := _KEY.fullmatch(key):
-            parts.setdefault(match["module"], {})["A" if match["A"] else "B"] = tensor
-        elif key.endswith(".alpha"):
-            alphas[key.removesuffix(".alpha")] = float(tensor)
+    tensors, settings = open_lora(source, weight_name, **hub)
+    parts = sort_lora(tensors, source)
+    read = ReadLora(tensors, rest=parts.rest)
+    own = places_of(models)
+    stock = stock_places(parts.modules.values(), pipeline, models, own)
+    for module in parts.modules.values():
+        place = stock.get(module.name) or find_place(module.name, own)
+        if place is not None:
+            _check_fit(module, place, models)
+            for path in place.paths:
+                part = Part(module, settings_of(module.name, settings), place, path, models)
+                if path in read.parts.setdefault(place.component, {}):
+                    raise AdapterFileError(f"{name_of(source)} changes {place.component}.{path} twice; it is damaged.")
+                read.parts[place.component][path] = part
+        elif is_of_another_component(module.name, models):
+            read.elsewhere.append(module)
         else:
-            read.ignored.append(key)
-    whole = {name: both for name, both in parts.items() if len(both) == 2}
-    read.ignored += [name for name in parts if name not in whole]
-    if not whole:
-        shown = ", ".join(list(tensors)[:3]) or "no key at all"
-        raise AdapterFileError(
-            f"{_name(source)} holds no LoRA: no keys such as '<module>.lora_A.weight' and '.lora_B.weight', or "
-            f"'.lora_down.weight' and '.lora_up.weight'; found {shown}."
-        )
-    check_finite({f"{name}.{part}": t for name, both in whole.items() for part, t in both.items()})
-    places = _places(models)
-    for name, both in whole.items():
-        scale = _scale(name, both["A"].shape[0], alphas, settings)
-        _place(read, name, LowRank(both["A"].float(), both["B"].float() * scale), models, places)
+            read.unknown.append(module)
     return read
 
 
-def _place(
-    read: ReadLora,
-    name: str,
-    part: LowRank,
-    models: Mapping[str, nn.Module],
-    places: Mapping[str, tuple[str, tuple[str, ...]]],
-) -> None:
-    plain = name
-    for prefix in _PREFIXES:
-        plain = plain.removeprefix(prefix)
-    found = next((places[n] for n in (name, plain, f"lora_unet_{plain.replace('.', '_')}") if n in places), None)
-    if found is None:
-        read.unknown[name] = part
-        return
-    component, paths = found
-    linears = linears_of(models[component])
-    heights = [out_features(linears[path]) for path in paths]
-    if part.B.shape[0] != sum(heights):
+def sort_lora(tensors: Mapping[str, Any], source: Any) -> Parts:
+    """A file's modules, checked.
+
+    Raises:
+        AdapterFileError: If it holds none, a Serial LoRA, or what is not finite.
+    """
+    if any(".serial_lora." in key for key in tensors):
         raise AdapterFileError(
-            f"{name} gives {part.B.shape[0]} features, but {', '.join(paths)} of the model {sum(heights)}: the LoRA is "
-            "for another model."
+            f"{name_of(source)} is a Serial LoRA already: load it with load_serial_lora(), or write the LoRA that it "
+            "equals with export_lora()."
         )
-    for path, B in zip(paths, part.B.split(heights), strict=True):
-        read.modules.setdefault(component, {})[path] = LowRank(part.A, B)
+    parts = sort_keys(tensors)
+    if not parts.modules:
+        raise AdapterFileError(
+            f"{name_of(source)} holds no LoRA: no keys such as '<module>.lora_A.weight' and '.lora_B.weight', or "
+            f"'.lora_down.weight' and '.lora_up.weight'; found {some(list(tensors)) or 'no key at all'}."
+        )
+    for module in parts.modules.values():
+        for part, tensor in module.tensors.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                check_finite({module.keys[part]: tensor})  # says what it is instead
+            check_finite({module.keys[part]: tensor.float()})  # float8 has no arithmetic of its own
+        try:
+            shape_of(module)
+        except (RuntimeError, IndexError) as error:
+            shapes = {part: tuple(tensor.shape) for part, tensor in module.tensors.items()}
+            raise AdapterFileError(
+                f"The matrices of {module.name} do not make a {module.label}: {shapes}. The file is damaged."
+            ) from error
+    return parts
 
 
-def _places(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """{name in a file: (component, paths)} under every name that a module of ours goes by."""
-    places: dict[str, tuple[str, tuple[str, ...]]] = {}
-    for component, model in reversed(list(models.items())):  # of two that share a name without prefix, the first counts
-        for path in linears_of(model):
-            older = {path, path.removeprefix("text_model."), f"text_model.{path}"}  # transformers 4 and 5
-            for name in older:
-                place = component, (path,)
-                places[f"{component}.{name}"] = places[name] = place
-                places[f"lora_{component}_{name.replace('.', '_')}"] = place
-            if component in ("transformer", "model"):
-                places[f"lora_unet_{path.replace('.', '_')}"] = place
-    with contextlib.suppress(SerialLoraError):  # no other names are known for these models
-        places |= kohya_names(models)
-    return places
-
-
-def _scale(name: str, rank: int, alphas: Mapping[str, float], settings: Mapping[str, Any]) -> float:
-    """alpha / r: alpha from the file's own key for the module, or from the settings, else r."""
-    if name in alphas:
-        return alphas[name] / rank
-    plain = name.removeprefix("base_model.model.")
-    component = next((c for c in settings if c and plain.startswith(f"{c}.")), "")
-    if component not in settings:
-        return 1.0
-    own, path = settings[component], plain.removeprefix(f"{component}.")
-    alpha = own.get("lora_alpha") or rank
-    for pattern, value in (own.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):  # as PEFT matches them
-            alpha = value
-            break
-    return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
-
-
-def _read(
-    source: Any, weight_name: str | None, hub: dict[str, Any]
+def open_lora(
+    source: Any, weight_name: str | None = None, **hub: Any
 ) -> tuple[Mapping[str, Tensor], dict[str, dict[str, Any]]]:
-    """Tensors, and {component, or "" for all: fields of its LoraConfig}."""
+    """The tensors of a file, and {component, or "" for all: fields of its LoraConfig}."""
     if isinstance(source, Mapping):
         return source, {}
-    path = _find(source, weight_name, hub)
+    path = find_lora(source, weight_name, **hub)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        settings: dict[str, dict[str, Any]] = {}
-        for key, value in json.loads(header.get("lora_adapter_metadata", "{}")).items():
-            component, _, name = key.partition(".")
-            settings.setdefault(component, {})[name] = value
         config = _beside(path, source, hub)
-        if config is not None:
-            settings[""] = json.loads(config.read_text(encoding="utf-8"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        own = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
+        settings = _settings(json.loads(header.get("lora_adapter_metadata", "{}")), own)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not a readable LoRA: {error}.") from error
-    if settings.get("", {}).get("use_dora"):
-        raise AdapterFileError(f"{path} is a DoRA, which also rescales weights: it is no low-rank sum.")
+    if network := header.get("ss_network_module"):
+        settings.setdefault("", {"network_module": network})
     return tensors, settings
 
 
-def _find(source: str | os.PathLike[str], weight_name: str | None, hub: dict[str, Any]) -> Path:
+def find_lora(source: str | os.PathLike[str], weight_name: str | None = None, **hub: Any) -> Path:
+    """The local path of a LoRA's file."""
     names = [weight_name] if weight_name else [PEFT_NAME, DIFFUSERS_NAME]
     folder = Path(source)
     if folder.is_dir() and weight_name is None and not any((folder / name).is_file() for name in names):
@@ -189,6 +203,38 @@ def _find(source: str | os.PathLike[str], weight_name: str | None, hub: dict[str
     return find_file(source, weight_name=names[-1], **hub)
 
 
+def name_of(source: Any) -> str:
+    """What a message calls a source."""
+    return "The state dict" if isinstance(source, Mapping) else str(source)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _settings(metadata: Any, config: Any) -> dict[str, dict[str, Any]]:
+    """{component: settings} of diffusers' metadata, {"": settings} of PEFT's own file; checked to be of their types."""
+    if not isinstance(metadata, dict) or not isinstance(config, dict):
+        raise ValueError("its settings are not a JSON object")
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in metadata.items():
+        component, _, name = key.partition(".")
+        settings.setdefault(component, {})[name] = value
+    if config:
+        settings[""] = config
+    for own in settings.values():
+        numbers = [own.get("r"), own.get("lora_alpha"), own.get("alpha")]
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = own.get(name) or {}
+            if not isinstance(pattern, dict):
+                raise ValueError(f"its {name} is not a JSON object")
+            numbers += pattern.values()
+        if any(n is not None and (isinstance(n, bool) or not isinstance(n, int | float)) for n in numbers):
+            raise ValueError("its ranks and alphas are not all numbers")
+    return settings
+
+
 def _beside(path: Path, source: Any, hub: dict[str, Any]) -> Path | None:
     """The PEFT config in the folder or repository of the weights, if there is one."""
     if path.name == DIFFUSERS_NAME:
@@ -200,5 +246,41 @@ def _beside(path: Path, source: Any, hub: dict[str, Any]) -> Path | None:
     return find_file(source, weight_name=PEFT_CONFIG, **hub)
 
 
-def _name(source: Any) -> str:
-    return "the state dict" if isinstance(source, Mapping) else str(source)
+def _check_fit(module: Module, place: Place, models: Mapping[str, nn.Module]) -> None:
+    """Raise AdapterFileError if a module's matrices are of another size than its place."""
+    shape = shape_of(module)
+    if shape is None:
+        return
+    if shape[0] != place.height:
+        raise AdapterFileError(_misfit(module, place, shape[0]))
+    weight = weight_of(linears_of(models[place.component])[next(iter(place.paths))])
+    sizes = {weight.shape[1], weight.shape[1:].numel()} if weight.is_floating_point() else {shape[1]}
+    if shape[1] and shape[1] not in sizes:
+        raise AdapterFileError(
+            f"{module.name} reads {shape[1]} features, but {some(list(place.paths))} of the model {weight.shape[1]}: "
+            "the LoRA is for another model."
+        )
+
+
+def _misfit(module: Module, place: Place, height: int) -> str:
+    return (
+        f"{module.name} gives {height} features, but {', '.join(place.paths)} of the model {place.height}: the LoRA is "
+        "for another model."
+    )
+
+
+def _weight(model: nn.Module, place: Place) -> Tensor:
+    """The base's weight of a module, fused or not, its Linears' rows where the module has them."""
+    peek, linears = peek_weight(model), linears_of(model)
+    W: Tensor | None = None
+    for path, rows in place.paths.items():
+        own = peek(Projection(path, linears[path], "weight"))
+        if own is None or own.is_meta or not own.is_floating_point() or own.element_size() < 2:
+            raise AdapterStateError(
+                f"The change of {place.component}.{path} depends on the base's weight, which is quantized or not in "
+                "memory. Load the base unquantized, and without offloading."
+            )
+        W = own.new_empty(place.height, *own.shape[1:], dtype=torch.float32) if W is None else W
+        W[rows.to(own.device)] = own.float()
+    assert W is not None
+    return W

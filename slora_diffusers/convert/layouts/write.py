@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ...core.sites import unwrap
 from ...errors import SerialLoraError
-from ...files.format import write_safetensors
+from ...files.storage import write_safetensors
 from ..lowrank import LowRank, Products, below_each_other
-from .names import kohya_names, linears_of, out_features
+from .names import linears_of, original_names
 
 FORMATS = ("diffusers", "peft", "kohya")
 DIFFUSERS_NAME, PEFT_NAME = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
@@ -47,7 +47,7 @@ def check_format(format: str, target: Target) -> None:
     if format not in FORMATS:
         raise SerialLoraError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
     if format == "kohya":
-        known = {component for component, _ in kohya_names(target.models).values()}
+        known = {place.component for place in original_names(target.models).values()}
         unread = sorted(set(target.models) - known)
     elif format == "diffusers":
         # Where diffusers loads no LoRA at all, the file is still what other tools read; export_lora warns.
@@ -70,21 +70,24 @@ def unread_by_diffusers(target: Target) -> list[str]:
 
 
 def as_kohya(lora: Products, target: Target) -> Products:
-    """The LoRA under kohya's names, with the projections that are one Linear there below each other."""
-    names = kohya_names(target.models)
-    linears = {component: linears_of(model) for component, model in target.models.items()}
+    """The LoRA under ComfyUI's names, with the projections that are one Linear there below each other."""
     renamed: dict[str, LowRank] = {}
     left = {(component, path) for component, modules in lora.items() for path in modules}
-    for name, (component, paths) in names.items():
-        parts = [lora.get(component, {}).get(path) for path in paths]
-        if any(part is not None for part in parts):
-            rows = [out_features(linears[component][path]) for path in paths]
-            renamed[name] = below_each_other(parts, rows) if len(paths) > 1 else parts[0]  # pyright: ignore
-            left -= {(component, path) for path in paths}
+    for name, place in original_names(target.models).items():
+        own = lora.get(place.component, {})
+        if not any(path in own for path in place.paths):
+            continue
+        if len(place.paths) == 1:
+            ((path, rows),) = place.paths.items()
+            renamed[name] = LowRank(own[path].A, own[path].B[rows.argsort()])
+        else:
+            parts = [own.get(path) for path in place.paths]
+            renamed[name] = below_each_other(parts, [rows.numel() for rows in place.paths.values()])
+        left -= {(place.component, path) for path in place.paths}
     if left:
         raise SerialLoraError(
-            f"kohya's files have no name for {', '.join(sorted(path for _, path in left)[:3])}. Export with "
-            "format='diffusers' or format='peft'."
+            f"ComfyUI and kohya's tools have no name for {', '.join(sorted(path for _, path in left)[:3])}. Export "
+            "with format='diffusers' or format='peft'."
         )
     return {"": renamed}
 
