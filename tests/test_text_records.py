@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ GENERATING = (
 )
 
 
-def generated(model: nn.Module, name: str, **options: object) -> tuple[Tensor, Tensor]:
+def generated(model: Any, name: str, **options: object) -> tuple[Tensor, Tensor]:
     """Tokens and their scores, greedy unless options say otherwise."""
     given = TEXT[name].arguments()
     given.pop("decoder_input_ids", None)

@@ -22,6 +22,7 @@ class SavePretrained:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.beside: Callable[[Any], Any] | None = None  # writes the adapters into the same folder
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -34,9 +35,12 @@ class SavePretrained:
             kwargs["state_dict"] = {key: tensor for key, tensor in given.items() if not is_of_pair(key)}
         hook = self.model._register_state_dict_hook(_drop_pairs)
         try:
-            return self.__wrapped__(*args, **kwargs)
+            written = self.__wrapped__(*args, **kwargs)
         finally:
             hook.remove()
+        if self.beside is not None and kwargs.get("is_main_process", True):
+            self.beside(args[0] if args else kwargs["save_directory"])
+        return written
 
 
 def _drop_pairs(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -30,6 +30,7 @@ class SerialLoraWithHead(nn.Module):
 
     task: ClassVar[str]
     adapted_part: ClassVar[str] = "backbone"  # what add_serial_lora, serial_lora_scale, ... work on
+    label_arguments: ClassVar[tuple[str, ...]] = ("labels",)  # of forward, for transformers' Trainer
 
     def __init__(
         self,
@@ -41,7 +42,10 @@ class SerialLoraWithHead(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = head
+        if any(module is head for module in backbone.modules()):
+            self.__dict__["head"] = head  # a part of the backbone: its weights have one name, not two
+        else:
+            self.head = head
         self.settings = dict(settings)
         self.label_names = tuple(label_names)
         self.preprocessing = preprocessing
@@ -58,8 +62,16 @@ class SerialLoraWithHead(nn.Module):
         checkpoint_gradients(self.backbone)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """The same, by the name that transformers' Trainer calls."""
+        """The same, by the name that the Trainer of transformers 4 calls."""
         self.enable_gradient_checkpointing()
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """The same, by the name that transformers' Trainer calls, with its options where the backbone has them."""
+        enable = getattr(self.backbone, "activation_checkpointing_enable", None)
+        if enable is None:
+            self.enable_gradient_checkpointing()
+        else:
+            enable(activation_checkpointing_kwargs, **options)
 
     def fuse(self) -> nn.Module:
         """Merge the adapter into the backbone for good, `W' = W (I + sBA)`; the model is plain PyTorch from here on.

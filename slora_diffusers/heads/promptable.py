@@ -28,6 +28,13 @@ class SerialLoraForPromptableSegmentation(SerialLoraWithHead):
     """
 
     task = "promptable segmentation"
+    label_arguments = ("masks",)
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # A SAM has its embedding of positions under two names; a state dict to be written to a file has it under one.
+        self.register_state_dict_post_hook(_drop_twins)
+        self.register_load_state_dict_pre_hook(_give_twins)
 
     @classmethod
     def from_sam(
@@ -74,22 +81,52 @@ class SerialLoraForPromptableSegmentation(SerialLoraWithHead):
         # The decoder is the model's own, seen from here too: what trains is what the model's forward uses.
         return backbone.get_submodule("mask_decoder") if settings["decoder"] == "trained" else nn.Identity()
 
-    def forward(self, pixel_values: Tensor, masks: Tensor | None = None, **prompts: Any) -> Any:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        masks: Tensor | None = None,
+        input_points: Tensor | None = None,
+        input_labels: Tensor | None = None,
+        input_boxes: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
         """The model's output, with `loss` (binary cross-entropy plus soft Dice) if there are masks.
 
         Args:
             pixel_values: (B, 3, H, W).
             masks: What each prompt shows: (B, prompts, h, w) of 0 and 1, at any size.
-            **prompts: `input_points` (B, prompts, points, 2), `input_labels`, `input_boxes` (B, prompts, 4), in pixels.
+            input_points: (B, prompts, points, 2), in pixels of the model's input.
+            input_labels: (B, prompts, points): 1 for a point on the object, 0 for one beside it.
+            input_boxes: (B, prompts, 4), left, top, right, bottom in pixels.
+            **more: Further arguments of the model.
 
         Returns:
             The model's own output; `pred_masks` are logits (B, prompts, 1, h', w').
         """
+        prompts = {"input_points": input_points, "input_labels": input_labels, "input_boxes": input_boxes, **more}
         output = self.backbone(pixel_values=pixel_values, multimask_output=False, **prompts)
         if masks is not None:
             logits = F.interpolate(output.pred_masks[:, :, 0].float(), masks.shape[-2:], mode="bilinear")
             output["loss"] = mask_loss(logits, masks.to(logits))
         return output
+
+
+def _twins(module: nn.Module) -> dict[str, str]:
+    """{second name of a tensor: its first name}."""
+    first: dict[int, str] = {}
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: first[id(tensor)] for name, tensor in named if first.setdefault(id(tensor), name) != name}
+
+
+def _drop_twins(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    for name in _twins(module):
+        state.pop(prefix + name, None)
+
+
+def _give_twins(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for name, first in _twins(module).items():
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])
 
 
 def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class TwoAttentions(nn.Module):
 def _audio_and_video() -> nn.Module:
     """Meta's Perception Encoder: the encoders of sound and of frames, and the one over both."""
     tower = {**_VIT, "num_key_value_heads": 2, "head_dim": 8}
-    frames = transformers.ViTConfig(**_VIT, num_labels=8)
+    frames = transformers.ViTConfig(**_VIT, id2label={i: str(i) for i in range(8)})
     dac = {"encoder_hidden_size": 4, "downsampling_ratios": [2, 4], "codebook_dim": 8, "hidden_size": 16}
     config = transformers.PeAudioVideoEncoderConfig(
         **tower, audio_config={**tower, "dac_config": dac}, video_config={**tower, "vision_config": frames}
