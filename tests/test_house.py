@@ -30,7 +30,8 @@ FLOORS = (
     ("loader",),
     ("__init__",),
     ("training",),
-    ("recipes", "demo"),
+    ("demo",),
+    ("recipes",),
     ("cli",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
@@ -131,7 +132,7 @@ def lines_of(node):
 def test_files_and_functions_stay_short(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 400
-    script = path.parent.name in ("train_scripts", "pipelines", "benchmarks")
+    script = path.parent.name in ("train_scripts", "recipes", "pipelines", "benchmarks")
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0]

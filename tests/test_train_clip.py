@@ -15,10 +15,10 @@ from pipelines import classify_images
 from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.files.storage import WEIGHT_NAME
 from slora_diffusers.heads.prompts import SerialLoraForPromptClassification
+from slora_diffusers.recipes import clip as train_clip
 from tests.tiny.pipelines import CORPUS, clip_tokenizer_on
 from tests.tiny.vision import SIZE
 from tests.vision_recipes import QUIET, losses
-from train_scripts import train_clip
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

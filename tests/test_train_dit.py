@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from pipelines.generate_dit import main as generate
 from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.recipes import dit as train_dit
 from slora_diffusers.training.checkpoint import STATE_NAME, checkpoints
-from slora_diffusers.training.diffusion import fit
+from slora_diffusers.training.diffusion.denoising import Denoising
 from slora_diffusers.training.loop import DivergedError
 from slora_diffusers.training.run import Run
 from tests.tiny.pipelines import tiny_dit_pipeline
-from train_scripts import train_dit
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 WEIGHTS = "serial_lora_weights.safetensors"
@@ -140,14 +140,14 @@ def train_until(step, base, photos, out, *flags):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_after_the_step_and_ends_the_run(bases, photos, tmp_path, number, monkeypatch):
-    denoise = fit.denoising_losses
+    losses = Denoising.losses
 
-    def interrupted(*arguments):
-        if arguments[3].number == 3:
+    def interrupted(self, batch, *times):
+        if batch.number == 3:
             os.kill(os.getpid(), number)
-        return denoise(*arguments)
+        return losses(self, batch, *times)
 
-    monkeypatch.setattr(fit, "denoising_losses", interrupted)
+    monkeypatch.setattr(Denoising, "losses", interrupted)
     before = signal.getsignal(number)
     path = train(bases / "epsilon", photos, tmp_path, "--max_train_steps", "50")
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-4"]
@@ -158,12 +158,12 @@ def test_a_signal_saves_after_the_step_and_ends_the_run(bases, photos, tmp_path,
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_checkpoint(
     bases, photos, tmp_path, monkeypatch
 ):
-    denoise = fit.denoising_losses
+    losses = Denoising.losses
 
-    def poisoned(*arguments):
-        return denoise(*arguments) * (float("nan") if arguments[3].number == 4 else 1.0)
+    def poisoned(self, batch, *times):
+        return losses(self, batch, *times) * (float("nan") if batch.number == 4 else 1.0)
 
-    monkeypatch.setattr(fit, "denoising_losses", poisoned)
+    monkeypatch.setattr(Denoising, "losses", poisoned)
     with pytest.raises(DivergedError, match="step 5 has loss nan"):
         train(bases / "epsilon", photos, tmp_path, "--max_train_steps", "9", "--checkpointing_steps", "2")
     last = checkpoints(tmp_path)[-1]
@@ -219,7 +219,7 @@ def test_trained_weights_stay_fp32_in_bf16_runs_also_after_validation(bases, pho
 def test_glyphs_train_on_the_seen_letters_and_validate_on_the_others(bases, tmp_path):
     argv = ["--pretrained_model_name_or_path", str(bases / "flow_prediction"), "--glyphs", "script"]
     argv += ["--output_dir", str(tmp_path), *QUIET, "--glyph_variations", "1", "--max_train_steps", "1"]
-    options = train_dit.parse(train_dit.make_parser("", train_dit.COMMON, train_dit.DIT), argv[:4])
+    options = train_dit.parse(train_dit.Options, "", argv[:4])
     items, unseen = train_dit.find_items(options)
     assert {item.label for item in items} == set(range(0, 26, 2))
     assert {item.label for item in unseen} == set(range(1, 26, 2))

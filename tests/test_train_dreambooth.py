@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 
 from pipelines.generate_text_to_image import main as generate
 from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.recipes import dreambooth_flux as train_dreambooth_flux
+from slora_diffusers.recipes import dreambooth_pixart as train_dreambooth_pixart
+from slora_diffusers.recipes import dreambooth_sd3 as train_dreambooth_sd3
 from slora_diffusers.training import preflight
-from slora_diffusers.training.diffusion.objectives import Diffusion, RectifiedFlow
+from slora_diffusers.training.diffusion.processes import Diffusion, RectifiedFlow
 from tests.tiny.pipelines import tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline
-from train_scripts import train_dreambooth_flux, train_dreambooth_pixart, train_dreambooth_sd3
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 RECIPES = {
@@ -217,7 +219,7 @@ def test_the_losses_are_a_plain_flow_for_sd3_and_noise_alone_for_pixart(bases, s
     for family in ("sd3", "sigma"):
         AcceleratorState._reset_state(reset_partial_state=True)
         train(family, bases, subject, tmp_path / family, max_train_steps=1)
-    flow, diffusion = made
+    flow, diffusion = (objective.process for objective in made)
     assert isinstance(flow, RectifiedFlow) and flow.density == "logit_normal" and not flow.precondition
     assert flow.shift(torch.tensor(0.5)).item() == pytest.approx(0.75)  # the tiny base's scheduler shifts by 3
     assert isinstance(diffusion, Diffusion) and diffusion.sigma == "ignore" and diffusion.prediction_type == "epsilon"

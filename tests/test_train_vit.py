@@ -17,12 +17,12 @@ from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.files.storage import WEIGHT_NAME
 from slora_diffusers.heads.classification import SerialLoraForImageClassification
 from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation
+from slora_diffusers.recipes import vit_classification as train_vit_classification
 from slora_diffusers.training.checkpoint import STATE_NAME
 from slora_diffusers.training.data.labelled import Fetch
 from slora_diffusers.training.vision import recipe as vision
 from tests.tiny.vision import SIZE, VISION
 from tests.vision_recipes import QUIET, classify, losses, segment
-from train_scripts import train_vit_classification
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.training.diffusion.objectives import Diffusion, RectifiedFlow, objective_for, prior_preservation
+from slora_diffusers.training.diffusion.objectives import prior_preservation
+from slora_diffusers.training.diffusion.processes import Diffusion, RectifiedFlow, process_for
 from slora_diffusers.training.randomness import generator, generators
 
 B, C, H = 5, 4, 6
@@ -35,7 +37,7 @@ def ddim(**config):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_diffusion_loss_is_the_mean_square_of_the_target_written_out(sample, prediction_type):
     x0, noise, t = sample
-    objective = objective_for(ddim(prediction_type=prediction_type))
+    objective = process_for(ddim(prediction_type=prediction_type))
     output = draw(B, C, H, H, seed=3)
     abar = reference_abar()[0][t].reshape(-1, 1, 1, 1)
     z, e = x0.double(), noise.double()
@@ -49,7 +51,7 @@ def test_diffusion_loss_is_the_mean_square_of_the_target_written_out(sample, pre
 def test_noised_latents_and_targets_equal_those_of_the_scheduler(sample, prediction_type):
     x0, noise, t = sample
     scheduler = ddim(prediction_type=prediction_type)
-    objective = objective_for(scheduler)
+    objective = process_for(scheduler)
     xt = objective.add_noise(x0, noise, t)
     torch.testing.assert_close(xt, scheduler.add_noise(x0, noise, t))
     target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, t)
@@ -82,7 +84,7 @@ def gaussian_diffusion_bound(x0, xt, eps, v, t):
 def test_hybrid_loss_is_iddpms_and_its_bound_does_not_reach_the_mean(sample):
     x0, noise, t = sample
     x0 = x0.clamp(-1, 1)
-    objective = objective_for(ddim())
+    objective = process_for(ddim())
     xt = objective.add_noise(x0, noise, t)
     output = torch.cat([noise + 0.1 * draw(B, C, H, H, seed=3), draw(B, C, H, H, seed=4).tanh()], dim=1)
     output.requires_grad_(True)
@@ -102,7 +104,7 @@ def test_hybrid_loss_is_iddpms_and_its_bound_does_not_reach_the_mean(sample):
 
 def test_ignored_sigma_is_the_squared_error_on_the_first_half(sample):
     x0, noise, t = sample
-    objective = objective_for(DPMSolverMultistepScheduler(), sigma="ignore")
+    objective = process_for(DPMSolverMultistepScheduler(), sigma="ignore")
     output = draw(B, 2 * C, H, H, seed=3)
     loss = objective.loss(output, x0, noise, objective.add_noise(x0, noise, t), t)
     torch.testing.assert_close(loss, ((output[:, :C] - noise) ** 2).mean(dim=(1, 2, 3)))
@@ -113,7 +115,7 @@ def test_min_snr_weighs_by_the_clipped_snr(sample, prediction_type):
     x0, noise, t = sample
     scheduler = ddim(prediction_type=prediction_type)
     output = draw(B, C, H, H, seed=3)
-    plain, weighted = (objective_for(scheduler, snr_gamma=gamma) for gamma in (None, 5.0))
+    plain, weighted = (process_for(scheduler, snr_gamma=gamma) for gamma in (None, 5.0))
     xt = plain.add_noise(x0, noise, t)
     abar = reference_abar()[0][t]
     snr = abar / (1 - abar)
@@ -126,14 +128,14 @@ def test_flow_loss_is_the_mean_square_of_the_velocity_and_preconditioning_weighs
     x0, noise, _ = sample
     sigma = torch.tensor([0.01, 0.3, 0.5, 0.9, 1.0])
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    objective = objective_for(scheduler)
+    objective = process_for(scheduler)
     z = objective.add_noise(x0, noise, sigma)
     s = sigma.double().reshape(-1, 1, 1, 1)
     torch.testing.assert_close(z.double(), (1 - s) * x0.double() + s * noise.double(), rtol=1e-5, atol=1e-6)
     output = draw(B, C, H, H, seed=3)
     loss = objective.loss(output, x0, noise, z, sigma)
     torch.testing.assert_close(loss, ((output - (noise - x0)) ** 2).mean(dim=(1, 2, 3)))
-    preconditioned = objective_for(scheduler, precondition=True).loss(output, x0, noise, z, sigma)
+    preconditioned = process_for(scheduler, precondition=True).loss(output, x0, noise, z, sigma)
     x0_of_output = z - sigma.reshape(-1, 1, 1, 1) * output
     torch.testing.assert_close(preconditioned, ((x0_of_output - x0) ** 2).mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(objective.timesteps(sigma), sigma * 1000)
@@ -143,29 +145,54 @@ def test_flow_loss_is_the_mean_square_of_the_velocity_and_preconditioning_weighs
 def test_flow_times_pass_through_the_schedulers_shift():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     u = torch.arange(1, 1001) / 1000
-    torch.testing.assert_close(objective_for(scheduler).shift(u), scheduler.sigmas.flip(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(process_for(scheduler).shift(u), scheduler.sigmas.flip(0), rtol=1e-5, atol=1e-6)
     dpm = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0)
     dpm.set_timesteps(10)
     even = torch.linspace(1, 1 / 1000, 11)
-    torch.testing.assert_close(objective_for(dpm).shift(1 - even).flip(0)[:-1], dpm.sigmas[:-1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(process_for(dpm).shift(1 - even).flip(0)[:-1], dpm.sigmas[:-1], rtol=1e-5, atol=1e-6)
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
     for tokens, mu in ((256, 0.5), (4096, 1.15)):
-        shifted = objective_for(dynamic, tokens=tokens).shift(u)
+        shifted = process_for(dynamic, tokens=tokens).shift(u)
         torch.testing.assert_close(shifted, math.exp(mu) / (math.exp(mu) + (1 / u - 1)))
 
 
 def test_each_density_has_the_distribution_that_it_is_named_for():
     draws = generators(0, "times", 0, range(4000))
     identity = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    logits = objective_for(identity, logit_mean=0.5, logit_std=0.8).sample_times(draws).logit()
-    assert abs(logits.mean() - 0.5) < 0.05 and abs(logits.std() - 0.8) < 0.05
-    uniform = objective_for(identity, density="uniform").sample_times(draws).sort().values
+    logits = process_for(identity, logit_mean=0.5, logit_std=0.8).sample_times(draws).logit()
+    # u chooses from timesteps that begin with pure noise: sigma is shift(1 - u), and a larger mean means less noise.
+    assert abs(logits.mean() + 0.5) < 0.05 and abs(logits.std() - 0.8) < 0.05
+    uniform = process_for(identity, density="uniform").sample_times(draws).sort().values
     assert (uniform - torch.linspace(0, 1, 4000)).abs().max() < 0.03
-    mode = objective_for(identity, density="mode", mode_scale=1.29).sample_times(draws)
+    mode = process_for(identity, density="mode", mode_scale=1.29).sample_times(draws)
     u = (torch.arange(20000) + 0.5) / 20000
     exact = (1 - u - 1.29 * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)).sort().values
     at = torch.linspace(0.05, 0.95, 10)
     torch.testing.assert_close(mode.quantile(at), exact.quantile(at), atol=0.03, rtol=0)
+
+
+DENSITY_SETTINGS = [("logit_normal", 0.0, 1.0), ("logit_normal", 1.2, 0.6), ("logit_normal", -0.7, 1.5), ("mode", 0, 1)]
+
+
+@pytest.mark.parametrize("scheduler", [{"shift": 1.0}, {"shift": 3.0}])
+@pytest.mark.parametrize(("density", "mean", "std"), [*DENSITY_SETTINGS, ("uniform", 0.0, 1.0)])
+def test_times_are_distributed_as_in_diffusers_script(density, mean, std, scheduler):
+    """Its lines: u to an index into the scheduler's timesteps, and the sigma there; compared quantile by quantile."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**scheduler)
+    ours = process_for(scheduler, density=density, logit_mean=mean, logit_std=std)
+    u = compute_density_for_timestep_sampling(
+        "none" if density == "uniform" else density, 20000, mean, std, 1.29, generator=torch.Generator().manual_seed(0)
+    )
+    indices = (u * scheduler.config.num_train_timesteps).long()
+    theirs = scheduler.timesteps[indices] / 1000
+    sampled = ours.sample_times(generators(0, "times", 0, range(5000)))
+    at = torch.linspace(0.02, 0.98, 25)
+    torch.testing.assert_close(sampled.quantile(at), theirs.quantile(at), atol=0.025, rtol=0)
+    # Validation's times are the same distribution's, at the centres of equally likely parts.
+    count = 50
+    centres = (torch.arange(count) + 0.5) / count
+    fixed = ours.stratified_times(count).sort().values
+    torch.testing.assert_close(fixed, theirs.quantile(centres), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +204,7 @@ def test_each_density_has_the_distribution_that_it_is_named_for():
     ],
 )
 def test_a_flow_weighs_samples_as_the_scheme_says(weighting, weight):
-    flow = objective_for(FlowMatchEulerDiscreteScheduler(shift=1.0), density="uniform", weighting=weighting)
+    flow = process_for(FlowMatchEulerDiscreteScheduler(shift=1.0), density="uniform", weighting=weighting)
     sigma = torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64)
     x0, noise, output = torch.randn(3, 3, 2, 4, 4, dtype=torch.float64)
     expected = weight(sigma) * ((output - (noise - x0)) ** 2).flatten(1).mean(1)
@@ -186,7 +213,7 @@ def test_a_flow_weighs_samples_as_the_scheme_says(weighting, weight):
 
 
 def test_diffusion_times_cover_every_timestep_evenly():
-    objective = objective_for(ddim())
+    objective = process_for(ddim())
     times = objective.sample_times(generators(0, "times", 0, range(5000)))
     assert times.dtype == torch.int64 and times.min() >= 0 and times.max() <= 999
     assert (times.double().mean() - 499.5).abs() < 15
@@ -209,9 +236,13 @@ def test_prior_preservation_adds_the_weighted_mean_of_the_class():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: objective_for(FlowMatchEulerDiscreteScheduler(), snr_gamma=5.0), "snr_gamma"),
-        (lambda: objective_for(FlowMatchEulerDiscreteScheduler(), density="normal"), "logit_normal, uniform, mode"),
-        (lambda: objective_for(FlowMatchEulerDiscreteScheduler(), weighting="sigma"), "none, sigma_sqrt, cosmap"),
+        (lambda: process_for(FlowMatchEulerDiscreteScheduler(), snr_gamma=5.0), "snr_gamma"),
+        (lambda: process_for(FlowMatchEulerDiscreteScheduler(), density="normal"), "logit_normal, uniform, mode"),
+        (lambda: process_for(FlowMatchEulerDiscreteScheduler(), weighting="sigma"), "none, sigma_sqrt, cosmap"),
+        (lambda: process_for(FlowMatchEulerDiscreteScheduler(), logit_men=1.0), "did you mean logit_mean"),
+        (lambda: process_for(ddim(), nonsense=1.0), "no objective has a setting 'nonsense'"),
+        (lambda: process_for(ddim(), logit_mean=0.5), "logit_mean shapes the times and weights of flows"),
+        (lambda: process_for(ddim(), weighting="cosmap"), "--weighting_scheme shapes"),
         (lambda: Diffusion(reference_abar()[0], "noise"), "epsilon, v_prediction, sample"),
         (lambda: Diffusion(reference_abar()[0], sigma="both"), "hybrid, ignore"),
     ],
@@ -223,6 +254,6 @@ def test_settings_that_do_not_exist_are_refused_by_name(build, message):
 
 def test_an_output_with_an_odd_number_of_channels_is_refused(sample):
     x0, noise, t = sample
-    objective = objective_for(ddim())
+    objective = process_for(ddim())
     with pytest.raises(SerialLoraError, match="3 channels for latents of 4"):
         objective.loss(draw(B, 3, H, H), x0, noise, x0, t)

@@ -1,32 +1,30 @@
 """Options from flags and files, and optimizers by name."""
 
 import types
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.training.diffusion.objectives import process_settings
+from slora_diffusers.training.diffusion.processes import RectifiedFlow
 from slora_diffusers.training.optim import evaluation_weights, make_optimizer, optimizer_class, parameter_groups
-from slora_diffusers.training.options import (
-    ADAPTER,
-    MODEL,
-    OBJECTIVE,
-    OPTIMIZER,
-    RUN,
-    adapter_config,
-    make_parser,
-    objective_settings,
-    parse,
-    save_options,
-)
+from slora_diffusers.training.options import CommonOptions, ObjectiveOptions, OptimizerOptions, parse
+from slora_diffusers.training.parsing import save_options
 from slora_diffusers.training.precision import check_trainables_fp32, quantization_config
 from slora_diffusers.training.preflight import check_options
 
 NEEDED = ["--pretrained_model_name_or_path", "base"]
 
 
+@dataclass(frozen=True)
+class Losses(ObjectiveOptions, OptimizerOptions):
+    """Some of the options."""
+
+
 def options(*argv):
-    return parse(make_parser("test", MODEL, ADAPTER, OPTIMIZER, RUN), argv)
+    return parse(CommonOptions, "test", argv)
 
 
 def config_file(tmp_path, text):
@@ -39,10 +37,9 @@ def test_a_file_gives_options_flags_beside_it_win_and_what_was_used_reads_back_t
     text = "pretrained_model_name_or_path: base\nrank: 8\nlearning-rate: 1e-3\nlayers: [0, 2]\nuse_ema: true\n"
     used = options("--config", config_file(tmp_path, text), "--rank", "4")
     assert (used.rank, used.learning_rate, used.layers, used.use_ema) == (4, 1e-3, [0, 2], True)
-    assert adapter_config(used).layers == (0, 2)
+    assert used.config().layers == (0, 2)
     save_options(used, tmp_path / "used.yaml")
-    again = vars(options("--config", str(tmp_path / "used.yaml")))
-    assert {**again, "config": None} == {**vars(used), "config": None}
+    assert options("--config", str(tmp_path / "used.yaml")) == used
 
 
 @pytest.mark.parametrize(
@@ -55,7 +52,7 @@ def test_a_file_gives_options_flags_beside_it_win_and_what_was_used_reads_back_t
 )
 def test_flags_of_diffusers_script_that_mean_something_else_are_explained(argv, message):
     with pytest.raises(SerialLoraError, match=message):
-        parse(make_parser("test", OBJECTIVE, OPTIMIZER), argv)
+        parse(Losses, "test", argv)
 
 
 def test_yaml_truth_values_mean_what_was_written(tmp_path):
@@ -82,9 +79,9 @@ def test_the_names_of_diffusers_scripts_mean_the_same_as_flags_and_in_files(tmp_
     [("mode", "mode", "none"), ("none", "uniform", "none"), ("cosmap", "uniform", "cosmap")],
 )
 def test_a_weighting_scheme_draws_times_or_weighs_them(scheme, density, weighting):
-    chosen = parse(make_parser("test", OBJECTIVE), ["--weighting_scheme", scheme])
-    settings = objective_settings(chosen)
-    assert (settings["density"], settings["weighting"]) == (density, weighting)
+    settings = process_settings(parse(Losses, "test", ["--weighting_scheme", scheme]))
+    process = RectifiedFlow(lambda u: u, **settings)
+    assert (process.density, process.weighting) == (density, weighting)
 
 
 @pytest.mark.parametrize(
@@ -127,10 +124,8 @@ def test_an_unknown_flag_ends_the_program(capsys):
 )
 def test_numbers_out_of_range_and_contradictions_are_refused(flags, message, monkeypatch):
     monkeypatch.setattr("slora_diffusers.training.preflight.quantization_config", lambda *_: None)
-    used = options(*NEEDED, *flags)
-    used.cache_latents, used.center_crop = False, True
     with pytest.raises(SerialLoraError, match=message):
-        check_options(used)
+        check_options(options(*NEEDED, *flags))
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):

@@ -10,11 +10,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.recipes import dit as train_dit
 from slora_diffusers.training import checkpoint, preflight
 from slora_diffusers.training.checkpoint import STATE_NAME, find_checkpoint, read_checkpoint, write_checkpoint
 from slora_diffusers.training.run import Run
 from tests.tiny.pipelines import tiny_dit_pipeline
-from train_scripts import train_dit
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 WEIGHTS = "serial_lora_weights.safetensors"

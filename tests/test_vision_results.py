@@ -22,12 +22,12 @@ from slora_diffusers.heads.classification import SerialLoraForImageClassificatio
 from slora_diffusers.heads.preprocessing import Preprocessing
 from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation
 from slora_diffusers.recipes import inference
+from slora_diffusers.recipes import vit_segmentation as train_vit_segmentation
 from slora_diffusers.training.data.labelled import Fetch
 from slora_diffusers.training.vision import classification
 from slora_diffusers.training.vision import recipe as vision
 from slora_diffusers.training.vision.pictures import overlay
 from tests.vision_recipes import classify, segment
-from train_scripts import train_vit_segmentation
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 QUICK = ["--max_train_steps", "3", "--learning_rate", "1e-2"]
@@ -40,9 +40,9 @@ def test_early_stopping_saves_the_weights_that_scored_best_and_gives_their_score
     judged, given = [], iter([10.0, 30.0, 20.0, 20.0, 99.0])
     make = classification.logits_of
 
-    def watched(model, items, run):
+    def watched(model, *arguments):
         judged.append({key: tensor.clone() for key, tensor in model.head.state_dict().items()})
-        return make(model, items, run)
+        return make(model, *arguments)
 
     monkeypatch.setattr(classification, "logits_of", watched)
     monkeypatch.setattr(classification, "top_k_accuracy", lambda *_: next(given) if _[2] == 1 else 50.0)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from slora_diffusers.recipes import vit_classification as train_vit_classification
+from slora_diffusers.recipes import vit_segmentation as train_vit_segmentation
 from tests.tiny.vision import SIZE, VISION
-from train_scripts import train_vit_classification, train_vit_segmentation
 
 QUIET = ["--validation_steps", "0", "--checkpointing_steps", "0", "--rank", "4", "--train_batch_size", "4"]
 

@@ -31,7 +31,7 @@ from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from slora_diffusers.demo.glyphs import CORE_FACES, IMAGE_SIZE, LETTERS, PRETRAINING_FACES, glyph_images, to_pixels
-from slora_diffusers.training.diffusion.objectives import Objective, objective_for
+from slora_diffusers.training.diffusion.processes import Process, process_for
 
 FACES = {"all": PRETRAINING_FACES, "core": CORE_FACES}
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
@@ -102,7 +102,7 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int, seed: int) -
 
 
 def training_loss(
-    objective: Objective,
+    objective: Process,
     transformer: torch.nn.Module,
     x0: torch.Tensor,
     labels: torch.Tensor,
@@ -202,7 +202,7 @@ def main() -> None:
         ),
     )
     average = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    objective = objective_for(build_scheduler())
+    objective = process_for(build_scheduler())
     started, running = time.time(), 0.0
     for step in range(1, args.steps + 1):
         generator = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)

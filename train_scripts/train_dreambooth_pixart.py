@@ -5,92 +5,11 @@
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir outputs/dog \
         --mixed_precision bf16 --cache_latents --validation_prompt "a photo of sks dog in a bucket"
 
-The transformer predicts the noise and its variance; the loss is on the noise alone, as in PixArt's own fine-tuning.
+The recipe is slora_diffusers/recipes/dreambooth_pixart.py.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
-from torch import Tensor
-
-import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
-from slora_diffusers import SerialLoraError
 from slora_diffusers.errors import run_script
-from slora_diffusers.training.data.batches import Batch
-from slora_diffusers.training.diffusion.fit import fit
-from slora_diffusers.training.diffusion.objectives import objective_for
-from slora_diffusers.training.diffusion.text_to_image import TEXT_TO_IMAGE, Subject, captions_of, find_instances, free
-from slora_diffusers.training.options import COMMON, make_parser, objective_settings, parse
-from slora_diffusers.training.precision import load_pipeline
-from slora_diffusers.training.preflight import check_sites
-from slora_diffusers.training.run import Run
-
-PIPELINES = {cls.__name__: cls for cls in (PixArtAlphaPipeline, PixArtSigmaPipeline)}
-T5_LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens
-
-
-def encode_text(pipe: Any, text: str, length: int) -> dict[str, Tensor]:
-    """The pipeline's own embeddings, and which of their tokens are text: the transformer must not read the padding."""
-    embeds, mask, _, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
-    return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
-
-
-def size_conditions(transformer: Any, batch: Batch, like: Tensor) -> dict[str, Tensor | None]:
-    """Height, width and their ratio, for the transformers that were trained with them (alpha at 1024)."""
-    if not transformer.use_additional_conditions:
-        return {"resolution": None, "aspect_ratio": None}
-    height, width = batch.shape
-    count = len(like)
-    return {
-        "resolution": torch.tensor([[height, width]], dtype=like.dtype, device=like.device).repeat(count, 1),
-        "aspect_ratio": torch.tensor([[height / width]], dtype=like.dtype, device=like.device).repeat(count, 1),
-    }
-
-
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Train, and give the path of what was trained."""
-    options = parse(make_parser(__doc__ or "", COMMON, TEXT_TO_IMAGE), argv)
-    items, unseen = find_instances(options)
-    check_sites(PixArtTransformer2DModel, options)
-    index: Any = DiffusionPipeline.load_config(options.pretrained_model_name_or_path, revision=options.revision)
-    name = index["_class_name"]
-    if name not in PIPELINES:
-        raise SerialLoraError(
-            f"{options.pretrained_model_name_or_path} is a {name}; use one of {', '.join(PIPELINES)}."
-        )
-    run = Run(options)
-
-    pipe = load_pipeline(PIPELINES[name], PixArtTransformer2DModel, options, run.weight_dtype).to(run.device)
-    length = options.max_sequence_length or T5_LENGTHS[name]
-    call = {"use_resolution_binning": False}  # the sizes are chosen here
-    subject = Subject(run, pipe, items, unseen, lambda text: encode_text(pipe, text, length), length, **call)
-    texts = subject.texts
-    free(pipe, ["text_encoder"])
-    samples = subject.samples()
-
-    run.attach(pipe.transformer)
-    objective = objective_for(pipe.scheduler, sigma="ignore", **objective_settings(options))
-    (transformer,) = run.prepare({"transformer": pipe.transformer})
-
-    def predict(noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-        text = texts(captions_of(batch, options.proportion_empty_prompts))
-        noisy = noisy.to(run.weight_dtype)
-        with run.accelerator.autocast():
-            return transformer(
-                noisy,
-                timestep=timesteps,
-                encoder_hidden_states=text["prompt_embeds"].to(run.weight_dtype),
-                encoder_attention_mask=text["prompt_attention_mask"],
-                added_cond_kwargs=size_conditions(pipe.transformer, batch, noisy),
-            ).sample
-
-    return fit(run, samples, objective, predict, lambda: subject.draw(texts), options.num_validation_images)
-
+from slora_diffusers.recipes.dreambooth_pixart import main
 
 if __name__ == "__main__":
     run_script(main)

@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..config import SerialLoraConfig
-from ..training.diffusion.objectives import objective_for
+from ..training.diffusion.processes import process_for
 from ..training.randomness import generator
 from .glyphs import HELD_OUT_LETTERS, LETTERS, SEEN_LETTERS, Face, glyph_images, to_pixels
 from .metrics import best_iou, nearest_glyph
@@ -70,7 +70,7 @@ def encode(pipe: DiTPipeline, images: torch.Tensor) -> torch.Tensor:
 def finetune(pipe: DiTPipeline, parameters: Iterable[nn.Parameter], style: Face, setting: Setting) -> Iterator[float]:
     """Trains `parameters` on the seen letters of `style`; yields the loss of every step."""
     latents, labels = _examples(pipe, style, SEEN_LETTERS, setting.variations, setting.seed)
-    objective = objective_for(pipe.scheduler)
+    objective = process_for(pipe.scheduler)
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, setting.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -125,7 +125,7 @@ def denoising_loss(
 ) -> float:
     """Mean loss over letters x `times` stratified times, each with its own fixed noise."""
     latents, labels = _examples(pipe, style, letters)
-    objective = objective_for(pipe.scheduler)
+    objective = process_for(pipe.scheduler, density="uniform")
     total = 0.0
     for index, time in enumerate(objective.stratified_times(times)):
         t = time.expand(len(latents))

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from accelerate.logging import get_logger
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapters.contexts import disable_serial_lora
 from ..adapters.lifecycle import add_serial_lora
 from ..config import SerialLoraConfig
 from ..core.sites import find_slots
 from ..errors import SerialLoraError
 from ..files.format import AdapterFile
 from ..files.save import adapter_file
+from ..heads.base import checkpoint_gradients
 
+if TYPE_CHECKING:
+    from .options import BaseOptions
+
+logger: Any = get_logger(__name__)
 Models = Mapping[str, nn.Module]  # by the name of the pipeline's component
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
@@ -35,9 +43,44 @@ class Adapter(Protocol):
         """Make a model's adapter (or all of it) trainable, the rest frozen; says what was made."""
         ...
 
-    def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
-        """Write what was trained; every process calls, one writes. Gives the file or folder."""
+    def disabled(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Inside, the model computes without what was made trainable.
+
+        Raises:
+            SerialLoraError: If there is no base to go back to.
+        """
         ...
+
+    def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
+        """Write what was trained; every process calls, one writes. Returns the file or folder."""
+        ...
+
+
+def attach(model: nn.Module, options: BaseOptions, method: Adapter | None = None) -> None:
+    """Add what a run trains to a model, and freeze the rest of it.
+
+    Args:
+        model: The model.
+        options: They choose the adapter and its settings.
+        method: What attaches; that of --adapter by default.
+    """
+    logger.info((method or ADAPTERS[options.adapter]).attach(model, options.config()))
+    model.train()
+    if options.gradient_checkpointing:
+        checkpoint_gradients(model)
+
+
+@contextmanager
+def without_adapter(method: Adapter, models: Models) -> Iterator[None]:
+    """Inside, the models compute as they did before the run adapted them.
+
+    Raises:
+        SerialLoraError: If every weight trains, so that there is no base left.
+    """
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(method.disabled(model))
+        yield
 
 
 class SerialLora:
@@ -48,6 +91,9 @@ class SerialLora:
 
     def attach(self, model: nn.Module, config: SerialLoraConfig) -> str:
         return str(add_serial_lora(model, config))
+
+    def disabled(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return disable_serial_lora(model)
 
     def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
         parts = [adapter_file(model, component=name) for name, model in models.items()]
@@ -80,6 +126,19 @@ class PeftLora:
             if "lora_" in name:
                 parameter.data = parameter.data.float()
         return f"PEFT LoRA: {_count(model):,} parameters"
+
+    @contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
     def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
         from peft import get_peft_model_state_dict
@@ -130,6 +189,9 @@ class EveryWeight:
         model.requires_grad_(True)
         return f"full fine-tuning: {_count(model):,} parameters"
 
+    def disabled(self, model: nn.Module) -> AbstractContextManager[Any]:
+        raise SerialLoraError("--adapter full changes the base itself, and this objective needs it: train an adapter.")
+
     def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
         for name, model in models.items():
             state = {key: whole(tensor) for key, tensor in model.state_dict().items()}
@@ -147,6 +209,9 @@ class HeadAlone:
     def attach(self, model: nn.Module, config: SerialLoraConfig) -> str:
         model.requires_grad_(False)
         return "head alone"
+
+    def disabled(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def save(self, models: Models, folder: Path, is_main_process: bool = True) -> Path:
         return folder

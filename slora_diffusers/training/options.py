@@ -1,129 +1,205 @@
-"""Command-line options: groups of flags that recipes put together, a YAML file with the same keys, and what was used.
+"""The table of the options that recipes share: each stands here once, with everything there is to say about it.
+
+A recipe's own options are a dataclass that inherits what it wants of these and adds its own fields:
+
+    @dataclass(frozen=True)
+    class Options(CommonOptions, TextToImageOptions):
+        train_text_encoder: bool = option(False, "Give the CLIP encoders pairs, too.", resume=REFUSED)
 
 Flags are called as in diffusers' own training scripts where they mean the same.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import re
-import sys
 from collections.abc import Sequence
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
-import yaml
 from diffusers.optimization import SchedulerType
 
 from ..config import SerialLoraConfig
+from ..core.pair import INITS
 from ..errors import SerialLoraError
-from .diffusion.objectives import DENSITIES, WEIGHTINGS
+from . import parsing
+from .diffusion.processes import DENSITIES, WEIGHTINGS
 from .optim import OPTIMIZERS
+from .parsing import FREE, REFUSED, option
 from .precision import QUANTIZATIONS
 
-Group = Sequence[tuple[str, dict[str, Any]]]
+T = TypeVar("T")
 SCHEMES = (*DENSITIES, *WEIGHTINGS)
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)  # needs rules
 KINDS = ("serial", "lora", "full")  # of adapters, for a model without a head of its own
+ANY, COUNT, SHARE, POSITIVE, NOT_NEGATIVE = "(-inf, inf)", "[1, inf)", "[0, 1]", "(0, inf)", "[0, inf)"
 
 
-def switch(help: str, default: bool = False) -> dict[str, Any]:
-    """An option that is on or off."""
-    return {"action": argparse.BooleanOptionalAction, "default": default, "help": help}
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model."""
+
+    pretrained_model_name_or_path: str = option(None, "Folder or Hub id of the model to adapt.", required=True)
+    revision: str | None = option(None, "Revision on the Hub.")
+    cache_dir: str | None = option(None, "Folder that files of the Hub are downloaded to.", resume=FREE)
+    mixed_precision: str | None = option(
+        None, "Precision of the forward pass; accelerate's by default.", choices=("no", "fp16", "bf16")
+    )
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass to save memory.", resume=FREE
+    )
+    allow_tf32: bool = option(False, "Let matrix products round to TF32 on GPUs.")
+    compile: bool = option(False, "Compile the model with torch.compile.")
 
 
-def value(kind: Any, default: Any, help: str, **more: Any) -> dict[str, Any]:
-    """An option that takes a value; `aliases` are other names for it."""
-    return {"type": kind, "default": default, "help": help, **more}
+@dataclass(frozen=True)
+class PipelineOptions(ModelOptions):
+    """The pipeline."""
+
+    variant: str | None = option(None, "Variant of the weight files, e.g. fp16.")
+    quantize: str | None = option(None, "Load the base weights quantized.", choices=tuple(QUANTIZATIONS))
 
 
-MODEL: Group = (
-    ("pretrained_model_name_or_path", value(str, None, "Folder or Hub id of the pipeline to adapt.", required=True)),
-    ("revision", value(str, None, "Revision on the Hub.")),
-    ("variant", value(str, None, "Variant of the weight files, e.g. fp16.")),
-    ("cache_dir", value(str, None, "Folder that files of the Hub are downloaded to.")),
-    (
-        "mixed_precision",
-        value(str, None, "Precision of the forward pass; accelerate's by default.", choices=("no", "fp16", "bf16")),
-    ),
-    ("quantize", value(str, None, "Load the base weights quantized.", choices=QUANTIZATIONS)),
-    ("gradient_checkpointing", switch("Recompute activations in the backward pass to save memory.")),
-    ("allow_tf32", switch("Let matrix products round to TF32 on GPUs.")),
-    ("compile", switch("Compile the transformer with torch.compile.")),
-)
-ADAPTER: Group = (
-    ("adapter", value(str, "serial", "What to train: Serial LoRA, PEFT's LoRA or every weight.", choices=KINDS)),
-    ("rank", value(int, 16, "Rank of the adapter.")),
-    (
-        "alpha",
-        value(float, None, "Numerator of the scale alpha / rank; the rank itself by default.", aliases=("lora_alpha",)),
-    ),
-    ("dropout", value(float, 0.0, "Dropout on the adapter's input.", aliases=("lora_dropout",))),
-    ("rslora", switch("Scale by alpha / sqrt(rank).")),
-    ("inputs", value(str, None, "Attention inputs that get a pair; all by default.", nargs="+")),
-    ("targets", value(str, None, "Regular expressions of the attentions to adapt.", nargs="+")),
-    ("exclude", value(str, None, "Regular expressions of the attentions to leave out.", nargs="+")),
-    ("layers", value(int, None, "Blocks to adapt, by index.", nargs="+")),
-)
-DATA: Group = (
-    ("resolution", value(int, None, "Side of the training images in pixels; the model's own by default.")),
-    ("aspect_ratio_buckets", value(str, None, "auto, or 'height,width;...': shapes other than the square.")),
-    ("random_flip", switch("Mirror half of the images, anew each epoch.")),
-    ("center_crop", switch("Cut images from the centre; without, at a random place, anew each epoch.", default=True)),
-    ("cache_latents", switch("Encode the images once, before training.")),
-    ("encodings_dir", value(str, None, "Folder of encoded images and texts; <output_dir>/cache by default.")),
-    ("dataloader_num_workers", value(int, 0, "Processes that read images ahead.")),
-)
-OPTIMIZER: Group = (
-    ("train_batch_size", value(int, 4, "Samples per step and process.")),
-    ("gradient_accumulation_steps", value(int, 1, "Batches per optimizer step.")),
-    ("max_train_steps", value(int, None, "Optimizer steps; 500 unless --num_train_epochs says otherwise.")),
-    ("num_train_epochs", value(int, None, "Passes over the images, if --max_train_steps is not given.")),
-    ("learning_rate", value(float, 1e-4, "Learning rate.")),
-    ("scale_lr", switch("Multiply the learning rate by the samples of a step, over all processes.")),
-    ("lora_plus_ratio", value(float, 1.0, "LoRA+: learning rate of B over that of A.")),
-    ("lr_scheduler", value(str, "constant", "Schedule of the learning rate, as in diffusers.", choices=SCHEDULES)),
-    ("lr_warmup_steps", value(int, 0, "Steps of warm-up.")),
-    ("lr_num_cycles", value(int, 1, "Restarts of cosine_with_restarts.")),
-    ("lr_power", value(float, 1.0, "Power of the polynomial schedule.")),
-    ("optimizer", value(str.lower, "adamw", "Optimizer.", choices=OPTIMIZERS)),
-    ("use_8bit_adam", switch("The same as --optimizer adamw8bit.")),
-    ("adam_beta1", value(float, 0.9, "Decay of the first moment.")),
-    ("adam_beta2", value(float, 0.999, "Decay of the second moment.")),
-    ("adam_weight_decay", value(float, 1e-4, "Weight decay.")),
-    ("adam_epsilon", value(float, 1e-8, "Epsilon of Adam.")),
-    ("max_grad_norm", value(float, 1.0, "Norm to clip gradients to.")),
-    ("use_ema", switch("Keep, validate and save an exponential moving average of the trained weights.")),
-    ("ema_decay", value(float, 0.999, "Decay of that average.")),
-)
-OBJECTIVE: Group = (
-    ("snr_gamma", value(float, None, "Gamma of min-SNR weighting, for noise-prediction models.")),
-    ("weighting_scheme", value(str, "logit_normal", "How a flow's times are drawn, or weighted.", choices=SCHEMES)),
-    ("logit_mean", value(float, 0.0, "Mean of the logit-normal distribution.")),
-    ("logit_std", value(float, 1.0, "Standard deviation of the logit-normal distribution.")),
-    ("mode_scale", value(float, 1.29, "Scale of the mode distribution.")),
-    ("precondition_outputs", switch("Compare clean latents instead of velocities, which weighs by sigma squared.")),
-)
-RUN: Group = (
-    ("output_dir", value(str, "outputs/adapter", "Where the adapter, checkpoints and logs go.")),
-    ("seed", value(int, 0, "Seed of everything that is drawn.")),
-    ("validation_steps", value(int, 100, "Validate every so many steps, and at step 0; 0 for never.")),
-    ("validation_loss_images", value(int, 8, "Images in the fixed-noise validation loss.")),
-    ("num_validation_images", value(int, 4, "Validation images per prompt.")),
-    ("validation_inference_steps", value(int, 25, "Sampling steps of the validation images.")),
-    ("validation_guidance_scale", value(float, 4.0, "Guidance scale of the validation images.")),
-    ("checkpointing_steps", value(int, 500, "Write a checkpoint every so many steps; 0 for none.")),
-    ("checkpoints_total_limit", value(int, None, "Keep at most so many checkpoints.")),
-    ("resume_from_checkpoint", value(str, None, "'latest', or a checkpoint's folder.")),
-    ("logging_dir", value(str, "logs", "Folder of the tracker's files, inside output_dir.")),
-    ("report_to", value(str, None, "Tracker: tensorboard, wandb, trackio, ...")),
-    ("push_to_hub", switch("Upload the result to the Hub.")),
-    ("hub_model_id", value(str, None, "Name on the Hub; that of output_dir by default.")),
-    ("hub_token", value(str, None, "Token for the Hub.")),
-)
-COMMON = (*MODEL, *ADAPTER, *DATA, *OPTIMIZER, *OBJECTIVE, *RUN)  # what every recipe of a diffusion transformer has
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What is trained."""
+
+    adapter: str = option("serial", "Serial LoRA, PEFT's LoRA or every weight.", choices=KINDS, resume=REFUSED)
+    rank: int = option(16, "Rank of the adapter.", within=COUNT)
+    alpha: float | None = option(
+        None, "Numerator of the scale alpha / rank; the rank itself by default.", within=ANY, aliases=("lora_alpha",)
+    )
+    dropout: float = option(0.0, "Dropout on the adapter's input.", within="[0, 1)", aliases=("lora_dropout",))
+    rslora: bool = option(False, "Scale by alpha / sqrt(rank).")
+    init: str = option("kaiming", "Distribution of A at the start.", choices=tuple(INITS))
+    inputs: list[str] | None = option(None, "Attention inputs that get a pair; all by default.")
+    targets: list[str] | None = option(None, "Regular expressions of the attentions to adapt.")
+    exclude: list[str] | None = option(None, "Regular expressions of the attentions to leave out.")
+    layers: list[int] | None = option(None, "Blocks to adapt, by index.", within=NOT_NEGATIVE)
+    rank_pattern: dict[str, int] | None = option(None, "Ranks of attentions that match PATTERN=RANK.", within=COUNT)
+    alpha_pattern: dict[str, float] | None = option(None, "Alphas of attentions that match PATTERN=ALPHA.", within=ANY)
+
+    def config(self) -> SerialLoraConfig:
+        """The adapter's own settings."""
+        values = {f.name: getattr(self, f.name) for f in fields(SerialLoraConfig) if hasattr(self, f.name)}
+        patterns = {name: values[name] or {} for name in ("rank_pattern", "alpha_pattern")}
+        return SerialLoraConfig(**{**values, **patterns})
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """The images."""
+
+    resolution: int | None = option(None, "Side of the images in pixels; the model's own by default.", within=COUNT)
+    random_flip: bool = option(False, "Mirror half of the images, anew each epoch.")
+    dataloader_num_workers: int = option(0, "Processes that read images ahead.", within="[0, 1024]", resume=FREE)
+
+
+@dataclass(frozen=True)
+class LatentOptions(ImageOptions):
+    """Images and their latents."""
+
+    aspect_ratio_buckets: str | None = option(None, "auto, or 'height,width;...': shapes other than the square.")
+    center_crop: bool = option(True, "Cut images from the centre; without, at a random place, anew each epoch.")
+    cache_latents: bool = option(False, "Encode the images once, before training.")
+    encodings_dir: str | None = option(
+        None, "Folder of encoded images and texts; <output_dir>/cache by default.", resume=FREE
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Steps and the optimizer."""
+
+    train_batch_size: int = option(4, "Samples per step and process.", within=COUNT)
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", within=COUNT)
+    max_train_steps: int | None = option(
+        None, "Optimizer steps; 500 unless --num_train_epochs says otherwise.", within=COUNT
+    )
+    num_train_epochs: int | None = option(
+        None, "Passes over the images, if --max_train_steps is not given.", within=COUNT
+    )
+    learning_rate: float = option(1e-4, "Learning rate.", within=NOT_NEGATIVE)
+    scale_lr: bool = option(False, "Multiply the learning rate by the samples of a step, over all processes.")
+    lora_plus_ratio: float = option(1.0, "LoRA+: learning rate of B over that of A.", within=POSITIVE, resume=REFUSED)
+    lr_scheduler: str = option("constant", "Schedule of the learning rate, as in diffusers.", choices=SCHEDULES)
+    lr_warmup_steps: int | None = option(0, "Steps of warm-up.", within=NOT_NEGATIVE)
+    lr_num_cycles: int = option(1, "Restarts of cosine_with_restarts.", within=COUNT)
+    lr_power: float = option(1.0, "Power of the polynomial schedule.", within=POSITIVE)
+    optimizer: str = option("adamw", "Optimizer.", choices=tuple(OPTIMIZERS), convert=str.lower, resume=REFUSED)
+    use_8bit_adam: bool = option(False, "The same as --optimizer adamw8bit.", resume=FREE)
+    adam_beta1: float = option(0.9, "Decay of the first moment.", within="[0, 1)")
+    adam_beta2: float = option(0.999, "Decay of the second moment.", within="[0, 1)")
+    adam_weight_decay: float = option(1e-4, "Weight decay.", within=NOT_NEGATIVE)
+    adam_epsilon: float = option(1e-8, "Epsilon of Adam.", within=POSITIVE)
+    max_grad_norm: float = option(1.0, "Norm to clip gradients to.", within=POSITIVE)
+    use_ema: bool = option(False, "Keep, validate and save an exponential moving average of the trained weights.")
+    ema_decay: float = option(0.999, "Decay of that average.", within="[0, 1)")
+
+    def __post_init__(self) -> None:
+        if self.use_8bit_adam:
+            if self.optimizer not in ("adamw", "adamw8bit"):
+                raise SerialLoraError(
+                    f"--use_8bit_adam is an optimizer, and so is --optimizer {self.optimizer}: give one."
+                )
+            object.__setattr__(self, "optimizer", "adamw8bit")
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """The loss."""
+
+    objective: str = option("auto", "What is minimised: auto, or FILE.py:CLASS or MODULE:CLASS of your own.")
+    objective_args: dict[str, str] | None = option(None, "Settings of the objective's class, NAME=VALUE.")
+    snr_gamma: float | None = option(None, "Gamma of min-SNR weighting, for noise-prediction models.", within=POSITIVE)
+    weighting_scheme: str = option("logit_normal", "How a flow's times are drawn, or weighted.", choices=SCHEMES)
+    logit_mean: float = option(0.0, "Mean of the logit-normal distribution.", within="[-20, 20]")
+    logit_std: float = option(1.0, "Standard deviation of the logit-normal distribution.", within="[0, 20]")
+    mode_scale: float = option(1.29, "Scale of the mode distribution.", within="[-1, 1.75]")
+    precondition_outputs: bool = option(
+        False, "Compare clean latents instead of velocities, which weighs by sigma squared."
+    )
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Validation images."""
+
+    validation_loss_images: int = option(8, "Images in the fixed-noise validation loss.", within=COUNT, resume=FREE)
+    num_validation_images: int = option(4, "Validation images per prompt.", within=NOT_NEGATIVE, resume=FREE)
+    validation_inference_steps: int = option(25, "Sampling steps of the validation images.", within=COUNT, resume=FREE)
+    validation_guidance_scale: float = option(4.0, "Guidance scale of the validation images.", within=ANY, resume=FREE)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run."""
+
+    output_dir: str = option("outputs/adapter", "Where the adapter, checkpoints and logs go.", resume=FREE)
+    seed: int = option(0, "Seed of everything that is drawn.", within=ANY)
+    validation_steps: int = option(
+        100, "Validate every so many steps, and at step 0; 0 for never.", within=NOT_NEGATIVE, resume=FREE
+    )
+    checkpointing_steps: int = option(
+        500, "Write a checkpoint every so many steps; 0 for none.", within=NOT_NEGATIVE, resume=FREE
+    )
+    checkpoints_total_limit: int | None = option(None, "Keep at most so many checkpoints.", within=COUNT, resume=FREE)
+    resume_from_checkpoint: str | None = option(None, "'latest', or a checkpoint's folder.", resume=FREE)
+    logging_dir: str = option("logs", "Folder of the tracker's files, inside output_dir.", resume=FREE)
+    report_to: str | None = option(None, "Tracker: tensorboard, wandb, trackio, ...", resume=FREE)
+    push_to_hub: bool = option(False, "Upload the result to the Hub.", resume=FREE)
+    hub_model_id: str | None = option(None, "Name on the Hub; that of output_dir by default.", resume=FREE)
+    hub_token: str | None = option(None, "Token for the Hub.", secret=True, resume=FREE)
+
+
+@dataclass(frozen=True)
+class BaseOptions(ModelOptions, AdapterOptions, OptimizerOptions, RunOptions):
+    """What every recipe has, those for vision too."""
+
+
+@dataclass(frozen=True)
+class CommonOptions(PipelineOptions, BaseOptions, LatentOptions, ObjectiveOptions, ValidationOptions):
+    """What every recipe of a diffusion transformer has."""
+
+
 # What to use for flags of diffusers' DreamBooth script that have no namesake.
 ELSEWHERE = {
     "--lora_layers": "--targets and --exclude choose attentions, --inputs what gets a pair there",
@@ -139,138 +215,8 @@ ELSEWHERE = {
         "prodigy runs as that script sets it by default",
     ),
 }
-_SWITCH = argparse.BooleanOptionalAction
-_NOT_SAVED = frozenset({"config", "hub_token"})
 
 
-def make_parser(description: str, *groups: Group) -> argparse.ArgumentParser:
-    """A parser of the groups' flags, and of --config."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags given beside it win.")
-    for name, settings in (option for group in groups for option in group):
-        names = (name, *settings.get("aliases", ()))
-        settings = {key: setting for key, setting in settings.items() if key != "aliases"}
-        parser.add_argument(*(f"--{alias}" for alias in names), **settings)
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options from the flags and from the file that --config names.
-
-    Raises:
-        SerialLoraError: If the file is missing or no mapping, or a key or a value of it is not allowed.
-    """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(argv)[0].config
-    if path is not None:
-        parser.set_defaults(**_read_config(parser, Path(path)))
-    options, unknown = parser.parse_known_args(argv)
-    for flag in (argument.partition("=")[0] for argument in unknown):
-        if flag in ELSEWHERE:
-            raise SerialLoraError(f"{flag} of diffusers' script is not here: {ELSEWHERE[flag]}.")
-    switches = {flag for a in parser._actions if isinstance(a, _SWITCH) for flag in a.option_strings}
-    for flag, stray in pairwise(sys.argv[1:] if argv is None else argv):
-        if flag in switches and stray in unknown and not stray.startswith("-"):
-            raise SerialLoraError(f"{flag} is a switch here: give it, or its --no- form, without {stray}.")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if getattr(options, "use_8bit_adam", False):
-        if options.optimizer not in ("adamw", "adamw8bit"):
-            raise SerialLoraError(
-                f"--use_8bit_adam is an optimizer, and so is --optimizer {options.optimizer}: give one."
-            )
-        options.optimizer = "adamw8bit"
-    return options
-
-
-def save_options(options: argparse.Namespace, path: Path) -> None:
-    """Write the options in the form that --config reads."""
-    kept = {name: value for name, value in vars(options).items() if name not in _NOT_SAVED and value is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(kept, sort_keys=True), encoding="utf-8")
-
-
-def adapter_config(options: argparse.Namespace) -> SerialLoraConfig:
-    """The adapter's config from the options."""
-    names = ("rank", "alpha", "dropout", "rslora", "inputs", "targets", "exclude", "layers")
-    return SerialLoraConfig(**{name: getattr(options, name) for name in names})
-
-
-def objective_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that shape the loss, by the names that `objective_for` takes."""
-    return {
-        "snr_gamma": options.snr_gamma,
-        "density": options.weighting_scheme if options.weighting_scheme in DENSITIES else "uniform",
-        "weighting": options.weighting_scheme if options.weighting_scheme in WEIGHTINGS else "none",
-        "logit_mean": options.logit_mean,
-        "logit_std": options.logit_std,
-        "mode_scale": options.mode_scale,
-        "precondition": options.precondition_outputs,
-    }
-
-
-def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise SerialLoraError(f"--config {path}: there is no such file.")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise SerialLoraError(f"--config {path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise SerialLoraError(f"--config {path} must hold 'option: value' lines; got {type(values).__name__}.")
-    flags = {
-        flag.removeprefix("--"): action
-        for action in parser._actions
-        for flag in action.option_strings
-        if not flag.startswith("--no-")
-    }
-    actions = {flag: action for flag, action in flags.items() if action.dest not in ("help", "config")}
-    values = {str(key).replace("-", "_").lstrip("_"): value for key, value in values.items()}
-    for key in values:
-        if key not in actions:
-            near = difflib.get_close_matches(key, actions, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(actions))}."
-            raise SerialLoraError(f"--config {path}: unknown option {key!r}; {hint}")
-    for key, value in values.items():
-        actions[key].required &= value is None
-    # Null stands for the option's default.
-    given = {key: value for key, value in values.items() if value is not None}
-    return {actions[key].dest: _checked(actions[key], value, path) for key, value in given.items()}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML reads 1e-4 as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.inf$"),
-    list("-+0123456789."),
-)
-
-
-def _checked(action: argparse.Action, value: Any, path: Path) -> Any:
-    """A file's value as the flag would give it."""
-    if isinstance(action, _SWITCH):
-        if isinstance(value, bool):
-            return value
-        raise SerialLoraError(f"--config {path}: {action.dest} must be true or false; got {value!r}.")
-    if value is False and "no" in (action.choices or ()):
-        value = "no"  # which YAML 1.1 reads as a truth value
-    entries = value if isinstance(value, list) and action.nargs else [value]
-    convert = action.type if callable(action.type) else str
-    try:
-        if any(isinstance(entry, bool | list | dict) for entry in entries):
-            raise ValueError("not a single value")
-        entries = [convert(str(entry)) for entry in entries]
-    except ValueError as error:
-        raise SerialLoraError(f"--config {path}: {action.dest} cannot be {value!r}: {error}.") from error
-    for entry in entries:
-        if action.choices is not None and entry not in action.choices:
-            raise SerialLoraError(
-                f"--config {path}: {action.dest} must be one of {', '.join(map(str, action.choices))}; got {entry!r}."
-            )
-    return entries if action.nargs else entries[0]
+def parse(options: type[T], description: str | None, argv: Sequence[str] | None = None) -> T:
+    """The options of a recipe from its command line and from the file that --config names; see `parsing.parse`."""
+    return parsing.parse(options, description or "", argv, ELSEWHERE)

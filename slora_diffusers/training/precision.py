@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import SerialLoraError
+
+if TYPE_CHECKING:
+    from .options import PipelineOptions
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 QUANTIZATIONS = {
@@ -41,7 +43,7 @@ def quantization_config(name: str | None, compute_dtype: torch.dtype) -> Any | N
     return BitsAndBytesConfig(**settings)
 
 
-def load_pipeline(pipeline_class: Any, transformer_class: Any, options: argparse.Namespace, dtype: torch.dtype) -> Any:
+def load_pipeline(pipeline_class: Any, transformer_class: Any, options: PipelineOptions, dtype: torch.dtype) -> Any:
     """The pipeline to adapt: the transformer (quantized if asked) and text encoders in `dtype`, the VAE in fp32.
 
     Args:
@@ -59,7 +61,7 @@ def load_pipeline(pipeline_class: Any, transformer_class: Any, options: argparse
         model = transformer_class.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **where, **extra)
         pipe = pipeline_class.from_pretrained(path, transformer=model, torch_dtype=dtypes, **where)
     except OSError as error:
-        raise SerialLoraError(f"--pretrained_model_name_or_path {path} is no whole pipeline: {error}") from error
+        raise SerialLoraError(f"--pretrained_model_name_or_path {path} is not a whole pipeline: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module) and name != "transformer":

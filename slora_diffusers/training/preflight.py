@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +12,35 @@ from ..adapters.lifecycle import add_serial_lora
 from ..errors import SerialLoraError
 from .methods import ADAPTERS
 from .optim import optimizer_class
-from .options import adapter_config
+from .options import BaseOptions, LatentOptions, PipelineOptions
 from .precision import quantization_config
 
-# The smallest value of an option, where a recipe has it.
-_AT_LEAST = {
-    **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs"), 1),
-    **dict.fromkeys(("rank", "resolution", "max_sequence_length", "num_class_images", "sample_batch_size"), 1),
-    **dict.fromkeys(("validation_loss_images", "validation_inference_steps"), 1),
-    **dict.fromkeys(("validation_steps", "checkpointing_steps", "lr_warmup_steps", "num_validation_images"), 0),
-    **dict.fromkeys(("dataloader_num_workers", "learning_rate", "adam_weight_decay"), 0),
-    **dict.fromkeys(("logit_std", "text_encoder_lr", "head_learning_rate", "prior_loss_weight"), 0),
-}
 
-
-def check_options(options: argparse.Namespace) -> None:
-    """Check packages and numbers.
+def check_options(options: BaseOptions) -> None:
+    """Check packages, and what options mean together.
 
     Raises:
-        SerialLoraError: If a package is missing, a number is out of range or options contradict each other.
+        SerialLoraError: If a package is missing or options contradict each other.
     """
     optimizer_class(options.optimizer)
     ADAPTERS[options.adapter].check()
-    quantization_config(options.quantize, torch.float32)
-    for name, least in _AT_LEAST.items():
-        number = getattr(options, name, None)
-        if number is not None and number < least:
-            raise SerialLoraError(f"--{name} must be at least {least}; got {number}.")
-    for name in ("adam_beta1", "adam_beta2", "ema_decay", "dropout"):
-        if not 0 <= getattr(options, name) < 1:
-            raise SerialLoraError(f"--{name} must lie in [0, 1); got {getattr(options, name)}.")
-    for name in ("max_grad_norm", "snr_gamma"):
-        if (number := getattr(options, name, None)) is not None and number <= 0:
-            raise SerialLoraError(f"--{name} must be above 0, or nothing would be learnt; got {number}.")
     if Path(options.output_dir).is_file():
         raise SerialLoraError(f"--output_dir {options.output_dir} is a file.")
     check_tracker(options.report_to)
     if options.optimizer == "prodigy" and options.lora_plus_ratio != 1:
         raise SerialLoraError("--optimizer prodigy finds one rate for all: leave out --lora_plus_ratio.")
-    if options.cache_latents and not options.center_crop:
-        raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --no-center_crop.")
-    if options.adapter == "full" and options.quantize:
-        raise SerialLoraError("--adapter full trains the weights themselves: they cannot be quantized (--quantize).")
     if options.push_to_hub and options.adapter != "serial":
         raise SerialLoraError(f"--push_to_hub uploads Serial LoRA adapters; --adapter is {options.adapter}.")
-    if options.quantize and not has_gpu():
-        raise SerialLoraError(f"--quantize {options.quantize} needs a GPU: diffusers quantizes nowhere else.")
+    if isinstance(options, LatentOptions) and options.cache_latents and not options.center_crop:
+        raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --no-center_crop.")
+    if isinstance(options, PipelineOptions) and options.quantize:
+        quantization_config(options.quantize, torch.float32)
+        if options.adapter == "full":
+            raise SerialLoraError(
+                "--adapter full trains the weights themselves: they cannot be quantized (--quantize)."
+            )
+        if not has_gpu():
+            raise SerialLoraError(f"--quantize {options.quantize} needs a GPU: diffusers quantizes nowhere else.")
 
 
 def check_tracker(name: str | None) -> None:
@@ -80,7 +62,7 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() or torch.xpu.is_available()
 
 
-def check_sites(model_class: Any, options: argparse.Namespace) -> None:
+def check_sites(model_class: Any, options: BaseOptions) -> None:
     """Build the transformer from its config, without weights, and see that the adapter finds a place in it.
 
     Args:
@@ -102,4 +84,4 @@ def check_sites(model_class: Any, options: argparse.Namespace) -> None:
         raise SerialLoraError(f"{path} has a {given}; this recipe trains a {model_class.__name__}.")
     if options.adapter == "serial":
         with torch.device("meta"):
-            add_serial_lora(model_class.from_config(config), adapter_config(options))
+            add_serial_lora(model_class.from_config(config), options.config())

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from ..data.images import SUFFIXES, Item, read_tag, uncaptioned
+from ..place import Place
 from ..randomness import generator
-from ..run import Run
 
 logger = logging.getLogger(__name__)
 TAG = "serial_lora_class_image"  # the PNG's text chunk that holds the key
@@ -57,24 +57,25 @@ class ClassImages:
             )  # fmt: skip
         return [*own, *drawn]
 
-    def complete(self, run: Run, draw: Draw) -> list[Item]:
+    def complete(self, place: Place, seed: int, batch_size: int, draw: Draw) -> list[Item]:
         """The images, with missing ones drawn first; every process calls, and they share the work.
 
         Args:
-            run: Knows the options and the processes.
+            place: The processes.
+            seed: The run's seed.
+            batch_size: How many are drawn at a time.
             draw: Draws a number of images of the class, from as many generators.
         """
         there = len(self.find())
         free = (number for number in count() if not self._path(number).exists())
         missing = list(islice(free, max(0, self.count - there)))
-        run.accelerator.wait_for_everyone()  # every process has counted before any of them adds to the folder
-        (numbers,) = run.share(missing)
-        size = run.options.sample_batch_size
-        for chosen in (numbers[start : start + size] for start in range(0, len(numbers), size)):
-            draws = [generator(run.options.seed, "class image", number) for number in chosen]
+        place.wait()  # every process has counted before any of them adds to the folder
+        (numbers,) = place.share(missing)
+        for chosen in (numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)):
+            draws = [generator(seed, "class image", number) for number in chosen]
             for number, image in zip(chosen, draw(len(chosen), draws), strict=True):
                 self._save(image, self._path(number))
-        run.accelerator.wait_for_everyone()
+        place.wait()
         return self.find()[: self.count]
 
     def _path(self, number: int) -> Path:

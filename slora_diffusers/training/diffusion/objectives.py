@@ -1,251 +1,102 @@
-"""The losses: noise-prediction diffusion (with a learned sigma or not) and rectified flow, each once.
+"""What a run minimises. To change it, write a class that inherits `Objective`, and name it with --objective.
 
-An objective draws times, noises latents, tells which timestep the transformer reads, and gives one loss per sample.
-Everything here is fp32 (coefficients fp64), whatever precision the transformer runs in.
+An objective makes one loss of every sample of a micro-batch. It may weigh samples, mask pixels, compare in another way,
+or ask the model twice, with and without its adapter. How latents are noised is the process's part (processes.py).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import ast
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from ...errors import SerialLoraError
+from ..data.batches import Batch
+from .processes import PROCESSES, WEIGHTINGS, Process, process_for, squared_error
 
-DENSITIES = ("logit_normal", "uniform", "mode")
-WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
-SIGMAS = ("hybrid", "ignore")
+if TYPE_CHECKING:
+    from ..options import ObjectiveOptions
 
 
-class Objective(Protocol):
-    """What a recipe needs of a loss."""
+@dataclass(frozen=True)
+class Noised:
+    """A micro-batch at its times: everything that a loss may look at.
 
-    def sample_times(self, draws: Sequence[torch.Generator]) -> Tensor:
-        """One random time per generator, (B,)."""
+    Attributes:
+        batch: The samples: captions, names, which are of the class, their random draws.
+        x0: Clean latents, (B, C, H, W) in fp32.
+        noise: What is mixed into them.
+        xt: The mixture that the transformer reads.
+        times: Where between the two, (B,).
+        timesteps: What the transformer reads for the times, (B,).
+    """
+
+    batch: Batch
+    x0: Tensor
+    noise: Tensor
+    xt: Tensor
+    times: Tensor
+    timesteps: Tensor
+
+
+class Model(Protocol):
+    """The transformer with everything that it is conditioned on."""
+
+    def __call__(self, noised: Noised) -> Tensor:
+        """Its output, (B, C or 2 C, H, W)."""
         ...
 
-    def stratified_times(self, count: int) -> Tensor:
-        """Times at the centres of `count` equal parts of the training distribution, (count,)."""
+    def base(self, noised: Noised) -> Tensor:
+        """Its output without the adapter, and without gradients."""
         ...
 
-    def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """x_t from x_0 and noise (B, C, H, W)."""
-        ...
 
-    def timesteps(self, times: Tensor) -> Tensor:
-        """What the transformer reads for `times`, (B,)."""
-        ...
+@dataclass(frozen=True)
+class Objective:
+    """The process's own loss: the weighted squared error between prediction and target.
 
-    def loss(self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, times: Tensor) -> Tensor:
+    Override `loss` to compare in another way, `losses` to call the model in another way, `draw` to choose noise and
+    times, and `total` to make one number of a batch. Fields of a class are settings, given by --objective_args.
+
+    Args:
+        process: How latents are noised, and what is asked of the transformer.
+        prior_weight: Weight of class images (prior preservation).
+    """
+
+    process: Process
+    prior_weight: float = 0.0
+
+    def draw(self, x0: Tensor, batch: Batch, times: Tensor | None = None) -> Noised:
+        """Noise latents at random times, or at given ones; noise and times come from the batch's counters."""
+        noise = batch.noise(x0)
+        times = self.process.sample_times(batch.draws("times")) if times is None else times
+        xt, timesteps = self.process.add_noise(x0, noise, times), self.process.timesteps(times).to(x0.device)
+        return Noised(batch, x0, noise, xt, times.to(x0.device), timesteps)
+
+    def losses(self, model: Model, noised: Noised) -> Tensor:
         """The loss of every sample, (B,)."""
-        ...
+        return self.compare(model(noised), noised)
 
+    def compare(self, output: Tensor, noised: Noised) -> Tensor:
+        """The loss of every sample, (B,), from the transformer's output."""
+        given = (noised.x0, noised.noise, noised.xt, noised.times)
+        return self.process.loss(output, *given, error=lambda p, target: self.loss(p, target, noised))
 
-@dataclass(frozen=True)
-class Diffusion:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; the transformer predicts eps, v or x_0, and maybe its variance.
+    def loss(self, prediction: Tensor, target: Tensor, noised: Noised) -> Tensor:
+        """How prediction and target (B, C, H, W) are compared, (B,)."""
+        return squared_error(prediction, target)
 
-    Args:
-        alphas_cumprod: abar_t of every timestep, (T,).
-        prediction_type: "epsilon", "v_prediction" or "sample".
-        sigma: What to do with the second half of an output of 2 C channels: "hybrid" adds the variational bound on it,
-            with the mean detached (Nichol and Dhariwal, arXiv 2102.09672, L_simple + 0.001 L_vlb); "ignore" drops it.
-        snr_gamma: min-SNR weighting (Hang et al., arXiv 2303.09556); `None` weighs every timestep the same.
-    """
-
-    alphas_cumprod: Tensor
-    prediction_type: str = "epsilon"
-    sigma: str = "hybrid"
-    snr_gamma: float | None = None
-
-    def __post_init__(self) -> None:
-        _check("prediction_type", self.prediction_type, tuple(TARGETS))
-        _check("sigma", self.sigma, SIGMAS)
-        object.__setattr__(self, "alphas_cumprod", self.alphas_cumprod.detach().cpu().double().clone())
-
-    def sample_times(self, draws: Sequence[torch.Generator]) -> Tensor:
-        return torch.cat([torch.randint(len(self.alphas_cumprod), (1,), generator=draw) for draw in draws])
-
-    def stratified_times(self, count: int) -> Tensor:
-        return ((torch.arange(count) + 0.5) * len(self.alphas_cumprod) / count).long()
-
-    def timesteps(self, times: Tensor) -> Tensor:
-        return times
-
-    def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        a, s = self._signal_and_noise(times, x0)
-        return a * x0.float() + s * noise
-
-    def loss(self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, times: Tensor) -> Tensor:
-        output, x0 = output.float(), x0.float()
-        prediction, variance = _split(output, x0.shape[1])
-        a, s = self._signal_and_noise(times, x0)
-        target = TARGETS[self.prediction_type](x0, noise, a, s)
-        loss = self._weight(times).to(x0) * _mean((prediction - target) ** 2)
-        if variance is not None and self.sigma == "hybrid":
-            predicted_x0 = PREDICTED_X0[self.prediction_type](prediction.detach(), xt.float(), a, s)
-            # L_hybrid = L_simple + 0.001 L_vlb, and L_vlb sums the T terms of which this is one.
-            loss = loss + 0.001 * len(self.alphas_cumprod) * self._bound(predicted_x0, variance, x0, xt.float(), times)
-        return loss
-
-    def _weight(self, times: Tensor) -> Tensor:
-        if self.snr_gamma is None:
-            return torch.ones(len(times))
-        abar = self.alphas_cumprod[times.cpu()]
-        snr = abar / (1 - abar)
-        return (snr.clamp(max=self.snr_gamma) / SNR_OF_TARGET[self.prediction_type](snr)).float()
-
-    def _signal_and_noise(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        abar = self.alphas_cumprod[times.cpu()]
-        return _per_sample(abar.sqrt(), like), _per_sample((1 - abar).sqrt(), like)
-
-    def _bound(self, predicted_x0: Tensor, variance: Tensor, x0: Tensor, xt: Tensor, times: Tensor) -> Tensor:
-        """One term of the variational bound, in bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p), or -log p(x_0)."""
-        times = times.cpu()
-        abar = self.alphas_cumprod
-        previous = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
-        beta = 1 - abar / previous
-        posterior_variance = beta * (1 - previous) / (1 - abar)
-        # The posterior is a point at t = 0: its logarithm takes the next value there.
-        log_posterior = torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log()
-        from_x0 = _per_sample((beta * previous.sqrt() / (1 - abar))[times], x0)
-        from_xt = _per_sample(((1 - previous) * (abar / previous).sqrt() / (1 - abar))[times], x0)
-        low, high = _per_sample(log_posterior[times], x0), _per_sample(beta.log()[times], x0)
-
-        share = (variance + 1) / 2
-        log_variance = share * high + (1 - share) * low
-        mean, true_mean = from_x0 * predicted_x0 + from_xt * xt, from_x0 * x0 + from_xt * xt
-        kl = _mean(normal_kl(true_mean, low, mean, log_variance)) / math.log(2)
-        nll = -_mean(discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)) / math.log(2)
-        return torch.where(times.to(x0.device) == 0, nll, kl)
-
-
-# What the transformer is asked for, the x_0 that its answer implies, and what that target does to the SNR's weight.
-TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "epsilon": lambda x0, noise, a, s: noise,
-    "v_prediction": lambda x0, noise, a, s: a * noise - s * x0,
-    "sample": lambda x0, noise, a, s: x0,
-}
-PREDICTED_X0: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "epsilon": lambda out, xt, a, s: (xt - s * out) / a,
-    "v_prediction": lambda out, xt, a, s: a * xt - s * out,
-    "sample": lambda out, xt, a, s: out,
-}
-SNR_OF_TARGET: dict[str, Callable[[Tensor], Tensor]] = {
-    "epsilon": lambda snr: snr,
-    "v_prediction": lambda snr: snr + 1,
-    "sample": lambda snr: torch.ones_like(snr),
-}
-
-
-@dataclass(frozen=True)
-class RectifiedFlow:
-    """z_t = (1 - sigma) z_0 + sigma eps; the transformer predicts eps - z_0 (Esser et al., arXiv 2403.03206).
-
-    Args:
-        shift: The scheduler's map from u in (0, 1) to sigma in (0, 1).
-        num_train_timesteps: The transformer reads sigma times this.
-        density: Distribution of u: "logit_normal" (sigmoid of N(logit_mean, logit_std)), "uniform" or "mode".
-        logit_mean: Mean m of the logit.
-        logit_std: Standard deviation s of the logit.
-        mode_scale: Scale of the "mode" density.
-        weighting: Weight of a sample: "none" (1), "sigma_sqrt" (sigma^-2) or "cosmap" (2 / (pi (1 - 2 sigma + 2
-            sigma^2))), each as in that paper.
-        precondition: Compare predictions of z_0 instead, which weighs a sample by sigma^2.
-    """
-
-    shift: Callable[[Tensor], Tensor]
-    num_train_timesteps: int = 1000
-    density: str = "logit_normal"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-    weighting: str = "none"
-    precondition: bool = False
-
-    def __post_init__(self) -> None:
-        _check("density", self.density, DENSITIES)
-        _check("weighting", self.weighting, WEIGHTINGS)
-
-    def sample_times(self, draws: Sequence[torch.Generator]) -> Tensor:
-        settings = (1, self.logit_mean, self.logit_std, self.mode_scale)
-        u = [compute_density_for_timestep_sampling(self.density, *settings, generator=draw) for draw in draws]
-        return self.shift(torch.cat(u))
-
-    def stratified_times(self, count: int) -> Tensor:
-        return self.shift((torch.arange(count) + 0.5) / count)
-
-    def timesteps(self, times: Tensor) -> Tensor:
-        return times.float() * self.num_train_timesteps
-
-    def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        sigma = _per_sample(times, x0)
-        return (1 - sigma) * x0.float() + sigma * noise
-
-    def loss(self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, times: Tensor) -> Tensor:
-        prediction, _ = _split(output.float(), x0.shape[1])
-        error = _mean((prediction - (noise - x0.float())) ** 2)
-        error = compute_loss_weighting_for_sd3(self.weighting, times.to(error)) * error
-        return times.to(error) ** 2 * error if self.precondition else error
-
-
-def objective_for(scheduler: Any, *, tokens: int = 4096, snr_gamma: float | None = None, **settings: Any) -> Objective:
-    """The objective that a pipeline's scheduler was made for.
-
-    Args:
-        scheduler: The pipeline's scheduler; only its config and its tables are read.
-        tokens: Image tokens of a sample, for schedulers that shift by resolution.
-        snr_gamma: Gamma of min-SNR, for diffusion only.
-        settings: Fields of `Diffusion` (sigma) or of `RectifiedFlow` (density, ...); the others' are ignored.
-
-    Raises:
-        SerialLoraError: If the scheduler's prediction type is unknown, or min-SNR is asked of a flow.
-    """
-    config = scheduler.config
-    flow = config.get("prediction_type", "flow_prediction") == "flow_prediction"
-    fields = (RectifiedFlow if flow else Diffusion).__dataclass_fields__
-    settings = {name: value for name, value in settings.items() if name in fields}
-    if not flow:
-        alphas_cumprod, prediction_type = scheduler.alphas_cumprod, config["prediction_type"]
-        return Diffusion(alphas_cumprod, prediction_type, snr_gamma=snr_gamma, **settings)
-    if snr_gamma is not None:
-        raise SerialLoraError(
-            f"--snr_gamma weighs noise-prediction models; {type(scheduler).__name__} is a flow. Leave it out."
-        )
-    return RectifiedFlow(sigma_shift(scheduler, tokens), config["num_train_timesteps"], **settings)
-
-
-def sigma_shift(scheduler: Any, tokens: int = 4096) -> Callable[[Tensor], Tensor]:
-    """The scheduler's own map from u to sigma: s u / (1 + (s - 1) u), by the number of tokens where dynamic."""
-    config = scheduler.config
-    if config.get("use_dynamic_shifting"):
-        slope = (config["max_shift"] - config["base_shift"]) / (
-            config["max_image_seq_len"] - config["base_image_seq_len"]
-        )
-        mu = config["base_shift"] + slope * (tokens - config["base_image_seq_len"])
-        return lambda u: scheduler.time_shift(mu, 1.0, u)
-    s = config.get("shift", config.get("flow_shift", 1.0))
-    return lambda u: s * u / (1 + (s - 1) * u)
-
-
-def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))) per element, in nats."""
-    ratio = torch.exp(log_variance1 - log_variance2)
-    return 0.5 * (log_variance2 - log_variance1 - 1 + ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
-
-
-def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log of the mass that N(mean, exp(log_scale)^2) gives to the bin of width 2 / 255 around x, open at -1 and 1."""
-    inverse = torch.exp(-log_scale)
-    above = torch.special.ndtr(inverse * (x - mean + 1 / 255))
-    below = torch.special.ndtr(inverse * (x - mean - 1 / 255))
-    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
-    return mass.clamp(min=1e-12).log()
+    def total(self, losses: Tensor, batch: Batch) -> Tensor:
+        """One number of a micro-batch: the mean, where class images count on their own."""
+        return prior_preservation(losses, batch.prior.to(losses.device), self.prior_weight)
 
 
 def prior_preservation(losses: Tensor, prior: Tensor, weight: float) -> Tensor:
@@ -260,25 +111,96 @@ def prior_preservation(losses: Tensor, prior: Tensor, weight: float) -> Tensor:
     return own.mean() + weight * other.mean() if len(other) else own.mean()
 
 
-def _split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    if output.shape[1] == channels:
-        return output, None
-    if output.shape[1] == 2 * channels:
-        return output[:, :channels], output[:, channels:]
-    raise SerialLoraError(
-        f"the transformer gave {output.shape[1]} channels for latents of {channels}: neither {channels} nor, with a "
-        f"learned sigma, {2 * channels}."
-    )
+def objective_for(scheduler: Any, options: ObjectiveOptions, *, tokens: int = 4096, sigma: str = "hybrid") -> Objective:
+    """The objective that the options name, on the process of a pipeline's scheduler.
+
+    Args:
+        scheduler: The pipeline's scheduler.
+        options: They name the objective, its settings and those of the process.
+        tokens: Image tokens of a sample, for schedulers that shift by resolution.
+        sigma: What to do with a learned variance, see `Diffusion`.
+
+    Raises:
+        SerialLoraError: If there is no such objective, or a setting is not one of its or of the process.
+    """
+    process = process_for(scheduler, tokens=tokens, sigma=sigma, **process_settings(options))
+    kind = objective_class(options.objective)
+    settings = objective_settings(kind, options.objective_args or {})
+    return kind(process, prior_weight=getattr(options, "prior_loss_weight", 0.0), **settings)
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(dim=1)
+def process_settings(options: ObjectiveOptions) -> dict[str, Any]:
+    """The options that shape the process and are not at their defaults, by the names of its fields."""
+    scheme = options.weighting_scheme
+    values = {
+        "snr_gamma": options.snr_gamma,
+        "density": "uniform" if scheme in WEIGHTINGS else scheme,
+        "weighting": scheme if scheme in WEIGHTINGS else "none",
+        "logit_mean": options.logit_mean,
+        "logit_std": options.logit_std,
+        "mode_scale": options.mode_scale,
+        "precondition": options.precondition_outputs,
+    }
+    defaults = {field.name: field.default for process in PROCESSES.values() for field in fields(process)}  # type: ignore[arg-type]
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.device, torch.float32).reshape(-1, *[1] * (like.ndim - 1))
+OBJECTIVES: dict[str, type[Objective]] = {"auto": Objective}
 
 
-def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SerialLoraError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+def objective_class(name: str) -> type[Objective]:
+    """The class behind --objective: a name of `OBJECTIVES`, FILE.py:CLASS or MODULE:CLASS.
+
+    Raises:
+        SerialLoraError: If there is no such class, or it is no `Objective`.
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    where, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise SerialLoraError(
+            f"--objective must be {', '.join(OBJECTIVES)}, FILE.py:CLASS or MODULE:CLASS; got {name!r}."
+        )
+    found = getattr(_module(where), attribute, None)
+    if not (inspect.isclass(found) and issubclass(found, Objective)):
+        raise SerialLoraError(f"--objective {name}: {where} has no class {attribute} that inherits Objective.")
+    return found
+
+
+def objective_settings(kind: type[Objective], given: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of an objective's class, as Python values.
+
+    Raises:
+        SerialLoraError: If the class has no such setting, or asks for one that is not given.
+    """
+    base = {field.name for field in fields(Objective)}
+    known = {field.name: field for field in fields(kind) if field.name not in base}
+    for name in given:
+        if name not in known:
+            have = ", ".join(known) or "none"
+            raise SerialLoraError(f"--objective_args {name}: {kind.__name__} has no such setting; it has: {have}.")
+    missing = [n for n, f in known.items() if n not in given and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise SerialLoraError(f"{kind.__name__} needs --objective_args {missing[0]}=VALUE.")
+    return {name: python_value(text) for name, text in given.items()}
+
+
+def python_value(text: str) -> Any:
+    """A number, truth value, tuple, ... where the text is one, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _module(where: str) -> Any:
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        spec = importlib.util.spec_from_file_location(f"objective_{Path(where).stem}", where)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+    except (ImportError, OSError, SyntaxError) as error:
+        raise SerialLoraError(f"--objective {where} cannot be loaded: {error}.") from error

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Batches, Rows, Shape
 from ..data.cache import Latents, TensorCache
 from ..data.images import Item
-from ..run import Run
+from ..options import CommonOptions
+from ..place import Place
 from .validation import fixed_batches
 
 
@@ -17,31 +18,34 @@ class Samples:
     """Everything that a run reads.
 
     Args:
-        run: Knows the options and the processes.
+        place: The processes.
+        options: How images are cut, cached and put into batches.
         vae: Encodes pixels.
         items: The images to train on.
         unseen: The images of the fixed-noise validation loss.
         shapes: Shapes (height, width) that images are cut to; each takes the one nearest to its own.
         prior: Images of the class, for prior preservation.
+
+    Attributes:
+        per_epoch: Micro-batches of one pass over the images.
     """
 
     def __init__(
-        self, run: Run, vae: nn.Module, items: Sequence[Item], unseen: Sequence[Item], shapes: list[Shape],
-        prior: Sequence[Item] = (),
+        self, place: Place, options: CommonOptions, vae: nn.Module, items: Sequence[Item], unseen: Sequence[Item],
+        shapes: list[Shape], prior: Sequence[Item] = (),
     ) -> None:  # fmt: skip
-        options, accelerator = run.options, run.accelerator
-        cache = TensorCache(options.encodings_dir or run.output_dir / "cache") if options.cache_latents else None
-        self._latents = Latents(vae, cache, not options.center_crop, options.random_flip, run.device)
-        rows = Rows.of(items, shapes, run.rows, options.seed)
-        run.count_steps(rows.per_epoch)
+        cache = TensorCache(options.encodings_dir or place.output_dir / "cache") if options.cache_latents else None
+        self._latents = Latents(vae, cache, not options.center_crop, options.random_flip, place.device)
+        rows = Rows.of(items, shapes, options.train_batch_size * place.processes, options.seed)
+        self.per_epoch = rows.per_epoch
         used = sorted(set(rows.shapes))
         own = [[shape] for shape in rows.shapes]
         fixed = [[shape] for shape in Rows.of(unseen, shapes, 1, options.seed).shapes] if unseen else []
         for images, needed in ((items, own), (unseen, fixed), (prior, [used] * len(prior))):
-            self._latents.fill(*run.share(images, needed))
-        accelerator.wait_for_everyone()
-        place = (accelerator.process_index, accelerator.num_processes)
-        self._batches = Batches(items, rows, self._latents.fetch, *place, prior=prior)
+            self._latents.fill(*place.share(images, needed))
+        place.wait()
+        this_one = (place.accelerator.process_index, place.processes)
+        self._batches = Batches(items, rows, self._latents.fetch, *this_one, prior=prior)
         self._unseen, self._shapes, self._options = unseen, shapes, options
 
     def latents(self, batch: Batch) -> Tensor:

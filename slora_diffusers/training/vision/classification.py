@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,24 +16,31 @@ from ...heads.base import SerialLoraWithHead
 from ..data.batches import Batch
 from ..data.images import Item
 from ..data.labelled import Fetch, few_shots, hold_out, hub_dataset, image_folder
-from ..options import Group, switch, value
-from ..run import Run
-from .recipe import batches_of, fit, prepare_model
+from ..fit import Best
+from ..options import NOT_NEGATIVE
+from ..parsing import option
+from ..place import Place
+from .recipe import VisionOptions, train_with_head
 from .scores import class_weights, confusion_matrix, top_k_accuracy
 
-CLASSES: Group = (
-    ("dataset_name", value(str, None, "Data set on the Hub or saved to a folder, instead of --train_data_dir.")),
-    ("dataset_split", value(str, "train", "Split of it to train on.")),
-    ("validation_split", value(str, None, "Split of it to validate on.")),
-    ("image_column", value(str, "image", "Column of the images.")),
-    ("label_column", value(str, "label", "Column of the classes.")),
-    ("shots", value(int, 0, "Training images of each class; 0 for all.")),
-    ("validation_fraction", value(float, 0.2, "Share of every class to hold out where no validation data are given.")),
-    ("balance_classes", switch("Weigh classes in the cross-entropy by how few images they have.")),
-)
+
+@dataclass(frozen=True)
+class ClassOptions(VisionOptions):
+    """Classes."""
+
+    dataset_name: str | None = option(None, "Data set on the Hub or saved to a folder, instead of --train_data_dir.")
+    dataset_split: str = option("train", "Split of it to train on.")
+    validation_split: str | None = option(None, "Split of it to validate on.")
+    image_column: str = option("image", "Column of the images.")
+    label_column: str = option("label", "Column of the classes.")
+    shots: int = option(0, "Training images of each class; 0 for all.", within=NOT_NEGATIVE)
+    validation_fraction: float = option(
+        0.2, "Share of every class to hold out where no validation data are given.", within="(0, 1)"
+    )
+    balance_classes: bool = option(False, "Weigh classes in the cross-entropy by how few images they have.")
 
 
-def find_items(options: argparse.Namespace) -> tuple[list[Item], list[Item], list[str]]:
+def find_items(options: ClassOptions) -> tuple[list[Item], list[Item], list[str]]:
     """The items to train on, those to validate on, and the names of the classes.
 
     Raises:
@@ -55,48 +63,49 @@ def find_items(options: argparse.Namespace) -> tuple[list[Item], list[Item], lis
 
 
 @torch.no_grad()
-def logits_of(model: SerialLoraWithHead, items: Sequence[Item], run: Run) -> Tensor:
+def logits_of(model: SerialLoraWithHead, items: Sequence[Item], place: Place, batch_size: int) -> Tensor:
     """Logits (N, classes) of images, a batch at a time."""
-    size, found = run.options.train_batch_size, []
-    for start in range(0, len(items), size):
-        pixels = torch.stack([model.preprocessing(item.read()) for item in items[start : start + size]]).to(run.device)
-        with run.accelerator.autocast():
-            found.append(model(pixels.to(run.weight_dtype)).logits.float().cpu())
+    found = []
+    for start in range(0, len(items), batch_size):
+        images = [model.preprocessing(item.read()) for item in items[start : start + batch_size]]
+        with place.autocast():
+            found.append(model(torch.stack(images).to(place.device, place.weight_dtype)).logits.float().cpu())
     return torch.cat(found)
 
 
 def train_classifier(
-    run: Run, model: SerialLoraWithHead, items: Sequence[Item], unseen: Sequence[Item]
+    place: Place, options: ClassOptions, model: SerialLoraWithHead, items: Sequence[Item], unseen: Sequence[Item]
 ) -> dict[str, float]:
-    """Train a model of either kind, save it, write the confusion matrix, and give the scores.
+    """Train a model of either kind, save it, write the confusion matrix, and return the scores.
 
     Args:
-        run: A run that is not prepared yet.
+        place: The processes.
+        options: The options.
         model: The model, not adapted yet.
         items: The images to train on.
         unseen: The images to validate on.
     """
-    options, names = run.options, list(model.label_names)
-    batches = batches_of(run, items, Fetch(model.preprocessing, options.smallest_crop, options.random_flip))
-    called = prepare_model(run, model)
+    names = list(model.label_names)
     counts = torch.tensor([item.label for item in items]).bincount(minlength=len(names))
-    weights = class_weights(counts).to(run.device) if options.balance_classes else None
+    weights = class_weights(counts).to(place.device) if options.balance_classes else None
     labels = torch.tensor([item.label for item in unseen])
     confusion = torch.zeros(len(names), len(names), dtype=torch.long)
 
-    def loss_of(batch: Batch) -> Tensor:
-        targets = torch.tensor([item.label for item in batch.items], device=run.device)
-        with run.accelerator.autocast():
-            logits = called(batch.inputs.to(run.device, run.weight_dtype)).logits
+    def loss_of(called: Any, batch: Batch) -> Tensor:
+        targets = torch.tensor([item.label for item in batch.items], device=place.device)
+        with place.autocast():
+            logits = called(batch.inputs.to(place.device, place.weight_dtype)).logits
         return F.cross_entropy(logits.float(), targets, weights)
 
     def evaluate() -> dict[str, float]:
-        logits = logits_of(model, unseen, run)
+        logits = logits_of(model, unseen, place, options.train_batch_size)
         confusion.copy_(confusion_matrix(logits.argmax(1), labels, len(names)))
         return {"top1": top_k_accuracy(logits, labels, 1), "top5": top_k_accuracy(logits, labels, 5)}
 
     def keep() -> None:
         report = {"labels": names, "rows": "true", "columns": "predicted", "confusion": confusion.tolist()}
-        (run.output_dir / "confusion.json").write_text(json.dumps(report))
+        (place.output_dir / "confusion.json").write_text(json.dumps(report))
 
-    return fit(run, batches, loss_of, evaluate, "top1", keep)
+    fetch = Fetch(model.preprocessing, options.smallest_crop, options.random_flip)
+    best = Best("top1", options.early_stopping, keep)
+    return train_with_head(place, options, model, items, fetch, loss_of, evaluate, best)

@@ -1,0 +1,125 @@
+"""Fine-tunes a vision backbone to segment images: a folder with `images`, and `masks` of the same file names.
+
+    accelerate launch train_scripts/train_vit_segmentation.py --pretrained_model_name_or_path facebook/dinov2-small \
+        --train_data_dir scenes --validation_data_dir more_scenes --label_map labels.json --head convolutional
+
+`labels.json` says what the masks' values mean, {"background": 0, "cat": 1, "ignore": 255}, or their colours, [r, g, b].
+Images and masks may also be columns of a data set (--dataset_name).
+The result is one small file with adapter, head, label names and preprocessing, for pipelines/segment_images.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import SerialLoraError
+from ..heads.preprocessing import Preprocessing
+from ..heads.segmentation import SEGMENTATION_HEADS, SerialLoraForSemanticSegmentation
+from ..training.data.batches import Batch
+from ..training.data.images import Item
+from ..training.data.labelled import Fetch, Mask, hold_out
+from ..training.data.masks import LabelMap, class_names, mask_dataset, mask_folder, read_label_map
+from ..training.fit import Best
+from ..training.options import ANY, COUNT, NOT_NEGATIVE
+from ..training.parsing import option
+from ..training.place import Place
+from ..training.vision.recipe import VisionOptions, open_for_training, parse_options, train_with_head
+from ..training.vision.scores import Overlap, class_weights, confusion_matrix, segmentation_loss
+
+Masks = dict[str, Callable[[], Mask]]
+
+
+@dataclass(frozen=True)
+class Options(VisionOptions):
+    """Images, masks, and the head."""
+
+    dataset_name: str | None = option(None, "Data set on the Hub or saved to a folder, instead of --train_data_dir.")
+    dataset_split: str = option("train", "Split of it to train on.")
+    validation_split: str | None = option(None, "Split of it to validate on.")
+    image_column: str = option("image", "Column of the images.")
+    mask_column: str = option("mask", "Column of the masks, as images.")
+    validation_fraction: float = option(
+        0.2, "Share of the images to hold out where no validation data are given.", within="(0, 1)"
+    )
+    label_map: str = option(None, "JSON file: what the masks' values or colours mean.", required=True)
+    head: str = option("linear", "Head over the patches.", choices=tuple(SEGMENTATION_HEADS))
+    head_layers: list[int] | None = option(
+        None, "Blocks that the convolutional head reads; four by default.", within=ANY
+    )
+    head_width: int = option(128, "Channels of the convolutional head.", within=COUNT)
+    dice_weight: float = option(0.0, "Weight of the Dice loss beside the cross-entropy.", within=NOT_NEGATIVE)
+    balance_classes: bool = option(False, "Weigh classes in the cross-entropy by how rare their pixels are.")
+
+
+def find_items(options: Options, label_map: LabelMap) -> tuple[list[Item], Masks, list[Item], Masks]:
+    """The images to train on and readers of their masks, by name; and those to validate on."""
+    if (options.train_data_dir is None) == (options.dataset_name is None):
+        raise SerialLoraError("give one of --train_data_dir and --dataset_name.")
+    columns = (options.image_column, options.mask_column)
+    if options.train_data_dir is not None:
+        items, masks = mask_folder(options.train_data_dir, label_map)
+    else:
+        items, masks = mask_dataset(options.dataset_name, options.dataset_split, *columns, label_map)
+    if options.validation_data_dir is not None:
+        return items, masks, *mask_folder(options.validation_data_dir, label_map)
+    if options.validation_split is not None:
+        return items, masks, *mask_dataset(options.dataset_name, options.validation_split, *columns, label_map)
+    items, unseen = hold_out(items, options.validation_fraction, options.seed)
+    return items, {item.name: masks[item.name] for item in items}, unseen, masks
+
+
+@torch.no_grad()
+def confusion_of(
+    model: SerialLoraForSemanticSegmentation, items: Sequence[Item], masks: Masks, prepare: Preprocessing, place: Place
+) -> Tensor:
+    """The confusion matrix over all validation pixels, each image at its original resolution."""
+    total = torch.zeros(model.num_labels, model.num_labels, dtype=torch.long)
+    for item in items:
+        truth = torch.from_numpy(masks[item.name]())  # (H, W)
+        with place.autocast():
+            logits = model(prepare(item.read())[None].to(place.device, place.weight_dtype)).logits.float()
+        predicted = F.interpolate(logits, truth.shape, mode="bilinear").argmax(1)[0]  # (H, W)
+        total += confusion_matrix(predicted.cpu(), truth, model.num_labels)
+    return total
+
+
+def pixel_counts(masks: Masks, classes: int) -> Tensor:
+    """How many pixels each class has in the training masks, (classes,)."""
+    truths = (torch.from_numpy(read()) for read in masks.values())
+    return sum((confusion_matrix(truth, truth, classes).diagonal() for truth in truths), torch.zeros(classes))
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Train, save, and return the scores."""
+    options = parse_options(Options, __doc__, argv)
+    label_map = read_label_map(options.label_map)
+    names = class_names(label_map)
+    items, masks, unseen, unseen_masks = find_items(options, label_map)
+    place = Place(options)
+    backbone, prepare = open_for_training(options, place)
+    shape = {"layers": options.head_layers, "width": options.head_width}
+    model = SerialLoraForSemanticSegmentation.from_backbone(
+        backbone, None, None, head=options.head, label_names=names, preprocessing=prepare, **shape
+    )
+    weights = class_weights(pixel_counts(masks, len(names))).to(place.device) if options.balance_classes else None
+
+    def loss_of(called: Any, batch: Batch) -> Tensor:
+        pixels, targets = batch.inputs[:, :3], batch.inputs[:, 3].long().to(place.device)  # (B, 3, H, W), (B, H, W)
+        with place.autocast():
+            logits = called(pixels.to(place.device, place.weight_dtype)).logits
+        return segmentation_loss(logits.float(), targets, weights, options.dice_weight)
+
+    def evaluate() -> dict[str, float]:
+        overlap = Overlap.of(confusion_of(model, unseen, unseen_masks, prepare, place))
+        each = {f"iou/{name}": 100 * iou.item() for name, iou in zip(names, overlap.iou, strict=True)}
+        return {**overlap.means(), **{name: iou for name, iou in each.items() if iou == iou}}  # NaN: not there
+
+    fetch = Fetch(prepare, options.smallest_crop, options.random_flip, masks)
+    best = Best("miou", options.early_stopping)
+    return train_with_head(place, options, model, items, fetch, loss_of, evaluate, best)

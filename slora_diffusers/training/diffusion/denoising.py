@@ -1,0 +1,69 @@
+"""The task of a diffusion transformer: the objective's loss on batches of latents, and how that is validated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.batches import Batch
+from ..methods import without_adapter
+from ..run import Run
+from .objectives import Noised, Objective
+from .samples import Samples
+from .validation import fixed_noise_loss, image_grid
+
+Predict = Callable[[Tensor, Tensor, Batch], Tensor]
+
+
+class Denoising:
+    """What a diffusion run learns, and what its objective may call as its model.
+
+    Args:
+        run: A run that is ready to train.
+        samples: What it reads.
+        objective: What is minimised.
+        predict: The transformer: noisy latents, its timesteps (B,) and the batch to its output.
+        draw: Draws the validation images.
+        columns: How many of them stand side by side.
+    """
+
+    def __init__(
+        self, run: Run, samples: Samples, objective: Objective, predict: Predict, draw: Callable[[], list[Image.Image]],
+        columns: int,
+    ) -> None:  # fmt: skip
+        self.run, self.samples, self.objective = run, samples, objective
+        self._predict, self._draw, self._columns = predict, draw, columns
+
+    def __call__(self, noised: Noised) -> Tensor:
+        """The transformer's output, (B, C or 2 C, H, W)."""
+        return self._predict(noised.xt, noised.timesteps, noised.batch)
+
+    def base(self, noised: Noised) -> Tensor:
+        """Its output without what the run trains, and without gradients."""
+        with torch.no_grad(), without_adapter(self.run.method, self.run.models):
+            return self(noised)
+
+    def read(self, start: int) -> Iterator[Batch]:
+        """Micro-batches of this process from a number on."""
+        return self.samples.read(start)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of a micro-batch, a scalar."""
+        return self.objective.total(self.losses(batch), batch)
+
+    def losses(self, batch: Batch, times: Tensor | None = None) -> Tensor:
+        """Loss of every sample, (B,), at random times or at given ones."""
+        noised = self.objective.draw(self.samples.latents(batch), batch, times)
+        return self.objective.losses(self, noised)
+
+    def validate(self, number: int) -> dict[str, float]:
+        """The loss at fixed noise, and a picture of images; every process computes both, so none waits for another."""
+        loss = fixed_noise_loss(self.objective.process, self.samples.fixed(), self.losses)
+        with self.run.place.autocast():
+            images = self._draw() if self.run.options.num_validation_images else []
+        if images:
+            self.run.log_picture("images", image_grid(images, self._columns), number)
+        return {"validation_loss": loss}
