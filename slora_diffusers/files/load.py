@@ -54,7 +54,6 @@ class Plan:
     """A checked load that has not touched the model yet: the matrices are copies, on the device they go to."""
 
     model: nn.Module
-    registry: Registry
     config: SerialLoraConfig
     matrices: list[tuple[Slot, Tensor, Tensor]]
     report: LoadReport
@@ -114,10 +113,10 @@ def apply_plans(plans: Sequence[Plan], weight: float | None) -> None:
     """
     with changing(*(plan.model for plan in plans)) as change:
         for plan in plans:
-            name, active = plan.report.adapter_name, dict(plan.registry.active)
-            if weight is not None:
-                active[name] = weight
-            put_in(change, plan.model, plan.registry, name, plan.matrices, plan.config, active, trainable=False)
+            registry, name = registry_of(plan.model, create=True), plan.report.adapter_name
+            check_new_name(registry, name)  # once more: another thread may have been here since the check
+            active = dict(registry.active) if weight is None else {**registry.active, name: weight}
+            put_in(change, plan.model, registry, name, plan.matrices, plan.config, active, trainable=False)
     for plan in plans:
         skipped = plan.report.missing or plan.report.unexpected or plan.report.mismatched
         logger.log(logging.WARNING if skipped else logging.INFO, "Loaded %s", plan.report)
@@ -163,7 +162,7 @@ def plan_load(
         tuple(unexpected),
         tuple(mismatched.values()),
     )
-    return Plan(model, registry, config, [(slot, *_copies(slot, A, B)) for slot, A, B in chosen], report)
+    return Plan(model, config, [(slot, *_copies(slot, A, B)) for slot, A, B in chosen], report)
 
 
 def check_weight(weight: Any) -> None:
