@@ -17,6 +17,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,13 @@ from slora_diffusers.training.methods import PeftLora
 from slora_diffusers.training.optim import parameter_groups
 from slora_diffusers.training.precision import trainable
 from slora_diffusers.training.randomness import generator
+from slora_diffusers.training.start import start_from_gradient, warm_head
 
 RATES = (1e-3, 3e-3, 6e-3, 1e-2)
 HEAD_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 FULL_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 HEAD_RATE = 3e-3  # of the new head beside an adapter
+START_BATCHES = 8  # that a gradient start looks at: the first ones of the run
 # What runs of one file must agree in; seeds, methods and rates may be added to.
 SETTINGS = (
     "model", "data", "task", "shots", "size", "steps", "warmup", "batch_size", "validation_images", "test_images",
@@ -67,6 +71,11 @@ METHODS = {
     "serial-r4+output": Method("serial", 4, OUTPUT),
     "serial-r6+output-r2": Method("serial", 6, OUTPUT, output_rank=2),
     "serial-r8+output": Method("serial", 8, OUTPUT),
+    "lora-r8-gradient": Method("lora", 8, init="gradient"),
+    "lora-r4-gradient": Method("lora", 4, init="gradient"),
+    "lora-r2-gradient": Method("lora", 2, init="gradient"),
+    "serial-r8-gradient": Method("serial", 8, init="gradient"),
+    "serial-r8+output-gradient": Method("serial", 8, OUTPUT, init="gradient"),
     "serial-r16+output": Method("serial", 16, OUTPUT),
     "serial-r32": Method("serial", 32),
     "serial-r4+output+mlp": Method("serial", 4, (*OUTPUT, "feed_forward")),
@@ -86,7 +95,8 @@ def build(task: Task, backbone: nn.Module, method: Method, size: int) -> Any:
     config = None
     if method.kind == "serial":
         ranks = {r".*attention_output": method.output_rank} if method.output_rank else {}
-        config = SerialLoraConfig(rank=method.rank, rank_pattern=ranks, inputs=method.inputs, init=method.init)
+        init = "kaiming" if method.init == "gradient" else method.init
+        config = SerialLoraConfig(rank=method.rank, rank_pattern=ranks, inputs=method.inputs, init=init)
     preprocessing = Preprocessing((size, size))
     model = task.heads.from_backbone(
         copy.deepcopy(backbone), task.classes, config, preprocessing=preprocessing, **task.settings
@@ -132,6 +142,11 @@ def stepper(
 
 def train(model: Any, split: Split, method: Method, rate: float, seed: int, options: argparse.Namespace) -> None:
     """All steps of a run."""
+    if method.init == "gradient":
+        first = list(islice(batches(split, options.batch_size, seed), START_BATCHES))
+        losses = [partial(lambda images, labels: model(images, labels=labels).loss, *batch) for batch in first]
+        with warm_head(model, model.head, losses):
+            start_from_gradient(model, lambda: [loss().backward() for loss in losses])
     head_rate, warmup = rate if method.kind == "head" else HEAD_RATE, round(options.warmup * options.steps)
     step = stepper(model, rate, head_rate, warmup, options.steps, method.plus)
     for _, (images, labels) in zip(range(options.steps), batches(split, options.batch_size, seed), strict=False):

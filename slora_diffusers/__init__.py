@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline as _DiffusionPipeline
 
 from .adapters.contexts import disable_serial_lora, serial_lora_batch, serial_lora_scale
 from .adapters.fuse import fuse_serial_lora, unfuse_serial_lora
+from .adapters.initialise import InitializeReport, initialize_serial_lora
 from .adapters.lifecycle import (
     add_serial_lora,
     delete_serial_lora,
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterStateError",
     "Architecture",
     "ArchitectureError",
+    "InitializeReport",
     "Pair",
     "SerialLoraAttnProcessor",
     "SerialLoraConfig",
@@ -53,6 +55,7 @@ __all__ = [
     "disable_serial_lora",
     "export_lora",
     "fuse_serial_lora",
+    "initialize_serial_lora",
     "load_serial_lora",
     "merge_serial_lora",
     "register_architecture",

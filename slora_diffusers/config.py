@@ -33,7 +33,8 @@ class SerialLoraConfig:
             `rank` there; the first match counts.
         alpha_pattern: {regular expression of a site: alpha}, overriding `alpha` there; the first match counts.
         rslora: Scale by alpha / sqrt(r) instead (rank-stabilised, arXiv 2312.03732).
-        init: Distribution of A: "kaiming" (uniform, a = sqrt(5), as LoRA's) or "gaussian" (N(0, 1 / r)). B is zero.
+        init: Start of A: "kaiming" (uniform, a = sqrt(5), as LoRA's), "gaussian" (N(0, 1 / r)), or "gradient", which
+            `initialize_serial_lora` finds (until then A is "kaiming", and recorded so). B is zero.
 
     Raises:
         SerialLoraError: If a value is out of range or a regular expression does not compile.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..core.change import changing
 from ..core.components import adapted, check_known, denoisers_of, for_each, held_by
 from ..core.names import is_of_pair
 from ..core.offload import device_of
-from ..core.pair import new_matrices
+from ..core.pair import GRADIENT, new_matrices
 from ..core.sites import Slot, lora_equivalent, select_slots, unwrap
 from ..core.state import (
     Registry,
@@ -71,6 +71,9 @@ def add_serial_lora(model: Any, config: SerialLoraConfig, adapter_name: str = "d
     """
     models = denoisers_of(model)
     made = {component: _new_adapter(one, config, adapter_name) for component, one in models.items()}
+    if config.init == GRADIENT:  # recorded once it is true
+        config = replace(config, init="kaiming")
+        logger.warning("%s starts as kaiming until initialize_serial_lora() is called, before training.", adapter_name)
     with changing(*models.values()) as change:
         for component, (registry, matrices) in made.items():
             root = unwrap(models[component])

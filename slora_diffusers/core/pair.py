@@ -88,8 +88,35 @@ def _gaussian(A: Tensor) -> None:
     nn.init.normal_(A, std=1 / math.sqrt(len(A)))
 
 
-INITS: dict[str, Callable[[Tensor], None]] = {"kaiming": _kaiming, "gaussian": _gaussian}
-"""Name of a start -> what fills A (r, d) in place. B is zero in all of them."""
+GRADIENT = "gradient"
+INITS: dict[str, Callable[[Tensor], None]] = {"kaiming": _kaiming, "gaussian": _gaussian, GRADIENT: _kaiming}
+"""Name of a start -> what fills A (r, d) in place. B is zero in all of them.
+
+"gradient" is drawn as "kaiming" is: what it stands for takes data, and `gradient_start` puts it there.
+"""
+
+ROW_NORM = 3**-0.5  # of a row of A as "kaiming" draws it: d numbers of variance 1 / (3 d)
+
+
+@torch.no_grad()
+def orthonormal(M: Tensor) -> Tensor:
+    """Orthonormal rows that span those of M (n, d), in fp64 on the CPU; rows beyond the d-th are zero."""
+    Q, _ = torch.linalg.qr(M.double().cpu().mT)  # (d, min(n, d))
+    return F.pad(Q.mT, (0, 0, 0, len(M) - Q.shape[1]))
+
+
+@torch.no_grad()
+def gradient_start(Z: Tensor, A: Tensor) -> Tensor:
+    """The start of A (r, d): the leading right singular vectors of Z (n, d) as rows, of the norm of Kaiming's.
+
+    Z = Q^T G is the gradient G of M = BA seen through orthonormal columns Q. Where its rank is below r, the rows of
+    an ordinary start `A` fill up: what of them is orthogonal to the leading ones, and themselves beyond the d-th row.
+    """
+    _, S, V = torch.linalg.svd(Z.double().cpu(), full_matrices=False)
+    known = V[S[0] * max(Z.shape) * torch.finfo(Z.dtype).eps < S][: len(A)]  # (k, d)
+    A = A.double().cpu()
+    rows = torch.linalg.qr(torch.cat([known, A]).mT)[0].mT[: len(A)]  # (min(r, d), d), the known ones first
+    return torch.cat([rows * ROW_NORM, A[len(rows) :]])
 
 
 def _beside(W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
