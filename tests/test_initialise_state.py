@@ -13,7 +13,7 @@ import slora_diffusers as sl
 from slora_diffusers.adapters import initialise
 from slora_diffusers.core.pair import ROW_NORM
 from slora_diffusers.core.state import registry_of
-from slora_diffusers.files.format import read_adapter
+from slora_diffusers.files.format import AdapterFile
 from tests.adapters import add_random_adapter, output_of
 from tests.gradients import (
     DIT,
@@ -28,6 +28,7 @@ from tests.gradients import (
     starts_of,
     state_of,
 )
+from tests.tiny.pipelines import tiny_sd3_pipeline
 from tests.tiny.vision import VISION
 
 
@@ -157,7 +158,7 @@ def test_an_adapter_added_with_this_start_says_what_it_is_until_it_is(caplog, tm
 
     def recorded():
         path = sl.save_serial_lora(model, tmp_path)
-        return read_adapter(path).metadata["components"]["transformer"]["config"]["init"]
+        return AdapterFile.read(path).components["transformer"].config.init
 
     assert recorded() == "kaiming"
     sl.initialize_serial_lora(model, backward_of(model))
@@ -165,6 +166,22 @@ def test_an_adapter_added_with_this_start_says_what_it_is_until_it_is(caplog, tm
     loaded = DIT.build()
     sl.load_serial_lora(loaded, tmp_path)
     assert registry_of(loaded).configs["default"].init == "gradient" and equal(rows_of(loaded), rows_of(model))
+
+
+def test_a_pipeline_starts_its_components_and_names_them():
+    pipe = tiny_sd3_pipeline()
+    sl.add_serial_lora(pipe, sl.SerialLoraConfig(rank=4))
+    usual = rows_of(pipe.transformer)
+
+    def backward():
+        x, text, pooled = torch.ones(2, 4, 16, 16), torch.ones(2, 8, 32), torch.ones(2, 32)
+        pipe.transformer(x, text, pooled, torch.tensor([1.0, 500.0])).sample.square().sum().backward()
+
+    report = sl.initialize_serial_lora(pipe, backward)
+    now = rows_of(pipe.transformer)
+    assert {f"transformer.{key}" for key in now if not equal(now[key], usual[key])} == set(report.energies) != set()
+    assert registry_of(pipe.transformer).configs["default"].init == "gradient"
+    assert all(p.grad is None for p in pipe.transformer.parameters())
 
 
 def trained(model):
