@@ -117,7 +117,13 @@ def weighted_sums(states: Sequence[tuple[AdapterFile, Weights]]) -> Products:
         for component, pairs in scaled_pairs(state).items():
             for key, part in pairs.items():
                 w = weight_at(split_place(key)[0], weight)
-                found.setdefault(component, {}).setdefault(key, []).append(LowRank(part.A, part.B * w))
+                parts = found.setdefault(component, {}).setdefault(key, [])
+                if parts and parts[0].A.shape[1] != part.A.shape[1]:
+                    raise AdapterFileError(
+                        f"The adapters are for different models: at {component}.{key} one reads {parts[0].A.shape[1]} "
+                        f"features and another {part.A.shape[1]}. Merge adapters of one base."
+                    )
+                parts.append(LowRank(part.A, part.B * w))
     return {component: {key: total(parts) for key, parts in pairs.items()} for component, pairs in found.items()}
 
 
@@ -133,12 +139,13 @@ def scaled_pairs(file: AdapterFile) -> Products:
             raise AdapterFileError(f"The adapter has no config for {component!r}, so its scale is unknown.")
         for place, both in part.pairs().items():
             A, B = both.get("A"), both.get("B")
-            if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel():
+            if A is None or B is None or A.ndim != 2 or tuple(A.shape) != tuple(B.shape)[::-1] or not A.numel():
                 raise AdapterFileError(
                     f"The adapter is damaged at {component}.{place}: there must be lora_A (r, d) and lora_B (d, r); "
                     f"got { ({key: tuple(tensor.shape) for key, tensor in both.items()}) }."
                 )
-            check_finite({f"{place}.lora_{which}": matrix for which, matrix in both.items()})
             s = part.config.scaling_of(split_place(place)[0], A.shape[0])
-            found.setdefault(component, {})[place] = LowRank(A.float(), B.float() * s)
+            scaled = LowRank(A.float(), B.float() * s)
+            check_finite({f"{place}.lora_A": scaled.A, f"{place}.lora_B times its scale {s:g}": scaled.B})
+            found.setdefault(component, {})[place] = scaled
     return found

@@ -184,6 +184,10 @@ class AdapterFile:
             return cls.of(source, "the state dict")
         if isinstance(source, Mapping):
             return cls.of(AdapterTensors(source), "the state dict")
+        if not isinstance(source, str | os.PathLike):
+            raise AdapterFileError(
+                f"An adapter is a file, a folder, a Hub id or a state dict; got {type(source).__name__}."
+            )
         path = find_file(source, **hub)
         return cls.of(read_tensors(path), str(path))
 

@@ -21,6 +21,7 @@ HEADER = "serial_lora"
 """Field of a safetensors header that holds an adapter's JSON."""
 
 _MOST_JSON = 2**24  # characters of a header's JSON; of a large model's adapter it has some hundred thousand
+_DEEPEST = 16
 _HUB_ARGUMENTS = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 
@@ -60,7 +61,21 @@ def read_tensors(path: Path) -> AdapterTensors:
         raise AdapterFileError(f"{path} is not a readable safetensors file: {error}.") from error
     if not isinstance(metadata, dict):
         raise AdapterFileError(f"{path} has a damaged header: it must be a JSON object; got {str(metadata)[:80]}.")
+    _check_depth(metadata, path)
     return AdapterTensors(tensors, metadata)
+
+
+def _check_depth(metadata: dict[str, Any], path: Path) -> None:
+    level: list[Any] = [metadata]
+    for _ in range(_DEEPEST):
+        level = [
+            x
+            for node in level
+            for x in (node.values() if isinstance(node, dict) else node)
+            if isinstance(x, dict | list)
+        ]
+    if level:
+        raise AdapterFileError(f"{path} has a damaged header: its JSON is nested more than {_DEEPEST} levels deep.")
 
 
 def find_file(source: str | os.PathLike[str], **hub: Any) -> Path:

@@ -24,6 +24,9 @@ from ..files.save import adapter_file
 from ..files.storage import WEIGHT_NAME, check_finite, check_hub_arguments
 from .preprocessing import Preprocessing
 
+LARGEST_SETTING = 2**20
+"""Of the numbers in a file's settings; token ids are the largest."""
+
 
 class SerialLoraWithHead(nn.Module):
     """A backbone, a head over its features, and what goes into their file."""
@@ -200,7 +203,7 @@ class SerialLoraWithHead(nn.Module):
                 "The backbone has a Serial LoRA adapter already: pass the base, as it was trained on."
             )
         preprocessing = Preprocessing.from_dict(saved.preprocessing)
-        head = cls._make_head(opened, len(saved.label_names), dict(saved.settings), preprocessing)
+        head = cls._head_of(source, saved, opened, preprocessing)
         state = _head_state(head, saved)
         if file.components:
             load_serial_lora(opened, file)
@@ -211,6 +214,29 @@ class SerialLoraWithHead(nn.Module):
         for trained in (*parameters_of(opened), *head.parameters()):
             trained.requires_grad_(True)
         return cls(opened, head, saved.settings, saved.label_names, preprocessing).eval()
+
+    @classmethod
+    def _head_of(cls, source: Source, saved: Head, backbone: nn.Module, preprocessing: Preprocessing) -> Any:
+        """The untrained head that a file describes; its settings may be anything."""
+        check_numbers(saved.settings)
+        try:
+            return cls._make_head(backbone, len(saved.label_names), dict(saved.settings), preprocessing)
+        except SerialLoraError:
+            raise
+        except Exception as error:
+            raise AdapterFileError(
+                f"{source} is damaged: its settings {dict(saved.settings)} make no head for {cls.task} over a "
+                f"{type(backbone).__name__} ({type(error).__name__}: {error})."
+            ) from error
+
+
+def check_numbers(settings: Any) -> None:
+    """Raise AdapterFileError if a number in a file's settings is so large that making a head of it takes long."""
+    values = settings.values() if isinstance(settings, Mapping) else settings if isinstance(settings, list) else ()
+    for value in values:
+        if isinstance(value, int | float) and not abs(value) <= LARGEST_SETTING:
+            raise AdapterFileError(f"The head's settings hold {value!r}; at most {LARGEST_SETTING} is read.")
+        check_numbers(value)
 
 
 def checkpoint_gradients(model: Any) -> None:

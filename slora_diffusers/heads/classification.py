@@ -69,6 +69,8 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
     def _make_head(
         cls, backbone: nn.Module, classes: int, settings: dict[str, Any], preprocessing: Preprocessing
     ) -> nn.Module:
+        if settings.get("pooling") not in list(POOLINGS):
+            raise SerialLoraError(f"pooling must be one of {', '.join(POOLINGS)}; got {settings.get('pooling')!r}.")
         token, patches = probe(backbone, preprocessing, last_features)
         features = pool(token, patches, settings["pooling"])  # (1, d)
         head = nn.Linear(features.shape[1], classes)

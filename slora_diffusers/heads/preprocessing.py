@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import is_number
 from ..errors import SerialLoraError
 
+_LARGEST = 4096  # pixels along a side
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HALF = ((0.5,) * 3, (0.5,) * 3)
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -54,8 +56,24 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Build one from `to_dict`'s values."""
-        return cls(**{key: tuple(values[key]) for key in ("size", "mean", "std")})
+        """Build one from `to_dict`'s values.
+
+        Raises:
+            SerialLoraError: If they are not two sizes and three numbers each, as a file's may not be.
+        """
+        given: list[Any] = [values.get(key) for key in ("size", "mean", "std")]
+        size, *channels = given
+        whole = all(isinstance(value, list | tuple) for value in given)
+        if not whole or len(size) != 2 or not all(isinstance(n, int) and 1 <= n <= _LARGEST for n in size):
+            raise SerialLoraError(
+                f"The preprocessing must have a size of two whole numbers from 1 to {_LARGEST}, a mean and a std; got "
+                f"{dict(values)}."
+            )
+        if not all(len(c) == 3 and all(is_number(value) for value in c) for c in channels) or min(channels[1]) <= 0:
+            raise SerialLoraError(
+                f"The preprocessing's mean and std must be three numbers each, std above 0; got {channels}."
+            )
+        return cls(*(tuple(value) for value in given))
 
     @classmethod
     def of(cls, source: nn.Module | str | os.PathLike[str], **hub: Any) -> Preprocessing:

@@ -100,7 +100,16 @@ class SerialLoraForPromptClassification(SerialLoraWithHead):
     def _make_head(
         cls, backbone: nn.Module, classes: int, settings: dict[str, Any], preprocessing: Preprocessing
     ) -> nn.Module:
-        return _Prompts(settings["tokens"])
+        tokens = _Prompts(settings["tokens"])
+        for key, values in tokens().items():
+            most = backbone.config.text_config.vocab_size if key == "input_ids" else 2  # pyright: ignore
+            if values.ndim != 2 or len(values) != classes or values.dtype != torch.int64 or values.min() < 0:
+                raise SerialLoraError(
+                    f"{key} must hold whole numbers for each of {classes} prompts, all of one length."
+                )
+            if values.max() >= most:
+                raise SerialLoraError(f"{key} holds {int(values.max())}; the text model knows the tokens below {most}.")
+        return tokens
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
         """Logits (B, classes), and the cross-entropy if there are labels.

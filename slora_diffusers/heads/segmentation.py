@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from .base import SerialLoraWithHead, dtype_of, probe
 from .preprocessing import Preprocessing
 
 SEGMENTATION_HEADS = ("linear", "convolutional")
+WIDEST = 2048
 IGNORE_INDEX = 255
 """Label of pixels that count for nothing, as in most segmentation data sets."""
 
@@ -75,6 +76,7 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
     def _make_head(
         cls, backbone: nn.Module, classes: int, settings: dict[str, Any], preprocessing: Preprocessing
     ) -> nn.Module:
+        _check_settings(settings)
         if settings["head"] == "linear":
             return nn.Conv2d(probe(backbone, preprocessing, last_features)[1].shape[1], classes, 1)
         maps = probe(backbone, preprocessing, layer_features)
@@ -108,6 +110,17 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
             sized = logits if same else F.interpolate(x.float(), labels.shape[-2:], mode="bilinear")
             loss = pixel_cross_entropy(sized, labels)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise SerialLoraError unless a head can be made of settings, which a file may hold."""
+    head, layers, width = (settings.get(key) for key in ("head", "layers", "width"))
+    fits = layers is None or (isinstance(layers, list) and layers and all(isinstance(i, int) for i in layers))
+    if head not in list(SEGMENTATION_HEADS) or not fits or not isinstance(width, int) or not 1 <= width <= WIDEST:
+        raise SerialLoraError(
+            f"A segmentation head has head: one of {', '.join(SEGMENTATION_HEADS)}, layers: None or whole numbers, and "
+            f"width: from 1 to {WIDEST}; got {dict(settings)}."
+        )
 
 
 class ConvolutionalHead(nn.Module):

@@ -6,6 +6,7 @@ weights, the optimizer, the schedule and the step are the whole state, and a res
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -91,11 +92,74 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint, on the CPU; nothing in the file is executed."""
+    """The state in a checkpoint, on the CPU; nothing in the file is executed.
+
+    Raises:
+        SerialLoraError: If it cannot be read, or is not what `write_checkpoint` wrote.
+    """
     try:
-        return torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+        state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SerialLoraError(f"{path} is damaged ({error}). Resume from an earlier checkpoint.") from error
+        raise _damaged(path, str(error)) from error
+    if not isinstance(state, dict):
+        raise _damaged(path, f"it holds a {type(state).__name__}")
+    for name, kinds in _FIELDS.items():
+        if not isinstance(state.get(name), kinds) or isinstance(state.get(name), bool):
+            raise _damaged(path, f"its {name!r} is {type(state.get(name)).__name__}")
+    for name, tensor in state["trained"].items():
+        if not isinstance(tensor, Tensor) or not isinstance(name, str) or not bool(torch.isfinite(tensor).all()):
+            raise _damaged(path, f"its trained weight {name!r} is not a tensor of finite numbers")
+    for name, option in state["options"].items():
+        entries = option if isinstance(option, list) else [option]
+        if not isinstance(name, str) or not all(isinstance(entry, str | int | float | None) for entry in entries):
+            raise _damaged(path, f"its option {name!r} is {type(option).__name__}")
+    if state["step"] < 0 or state["processes"] < 1:
+        raise _damaged(path, f"it counts {state['step']} steps on {state['processes']} processes")
+    return state
+
+
+_FIELDS: dict[str, Any] = {
+    **{"step": int, "processes": int, "trained": dict, "optimizer": dict, "schedule": dict, "options": dict},
+    **{"ema": dict | None, "scaler": dict | None},
+}
+
+
+def _damaged(path: Path, why: str) -> SerialLoraError:
+    return SerialLoraError(f"{path} is damaged ({why}). Resume from an earlier checkpoint.")
+
+
+def check_like(saved: Any, ours: Any, where: str) -> None:
+    """See that a saved state has the form of the one that this run would save: keys, shapes, kinds of values.
+
+    Raises:
+        SerialLoraError: If not.
+    """
+    if isinstance(ours, Mapping):
+        fits = isinstance(saved, Mapping) and saved.keys() == ours.keys()
+        pairs = [(f"{where}, {key}", saved[key], ours[key]) for key in ours] if fits else []
+    elif isinstance(ours, list | tuple):
+        fits = isinstance(saved, list | tuple) and len(saved) == len(ours)
+        pairs = [(f"{where}, {i}", one, other) for i, (one, other) in enumerate(zip(saved, ours))] if fits else []  # noqa: B905
+    else:
+        fits, pairs = _is_alike(saved, ours), []
+    if not fits:
+        raise SerialLoraError(
+            f"the checkpoint is damaged, or of another run: {where} is {str(saved)[:60]!r}, where this run has "
+            f"{str(ours)[:60]!r}. Resume from an earlier checkpoint, with the options that wrote it."
+        )
+    for name, one, other in pairs:
+        check_like(one, other, name)
+
+
+def _is_alike(saved: Any, ours: Any) -> bool:
+    """Whether a leaf can stand for another: tensors of one shape, numbers for numbers."""
+    if isinstance(ours, Tensor):
+        return isinstance(saved, Tensor) and saved.shape == ours.shape and bool(torch.isfinite(saved).all())
+    if ours is None or isinstance(ours, str | bool):
+        return isinstance(saved, type(ours) | int | float | None) or saved is None
+    if isinstance(saved, Tensor):
+        return saved.numel() == 1 and bool(torch.isfinite(saved).all())
+    return isinstance(saved, int | float) and math.isfinite(saved)
 
 
 def gathered(tree: Any) -> Any:
@@ -129,8 +193,21 @@ def load_parameters(named: Sequence[tuple[str, Tensor]], saved: Mapping[str, Ten
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load an optimizer's state, sharding each tensor as the parameter that it belongs to."""
+    """Load an optimizer's state, sharding each tensor as the parameter that it belongs to.
+
+    Raises:
+        SerialLoraError: If it is damaged, or of another optimizer; nothing is loaded then.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    check_like(saved.get("param_groups"), optimizer.state_dict()["param_groups"], "the optimizer's groups")
+    entries = saved.get("state")
+    if not isinstance(entries, Mapping) or (entries and set(entries) != set(range(len(parameters)))):
+        raise SerialLoraError(
+            f"the checkpoint is damaged: its optimizer's state is not that of {len(parameters)} parameters. Resume "
+            "from an earlier checkpoint."
+        )
+    for index, entry in entries.items():
+        check_like(entry, _form_of(entries[0], parameters[0], parameters[index]), f"the optimizer's state {index}")
     state = {
         index: {
             name: _shard_like(value, parameters[index]) if _is_like(value, parameters[index]) else value
@@ -139,6 +216,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
         for index, entries in saved["state"].items()
     }
     optimizer.load_state_dict({**saved, "state": state})
+
+
+def _form_of(first: Any, its: Tensor, parameter: Tensor) -> Any:
+    """The state of the first parameter as it has to be for another: what has the shape of the one has that of it."""
+    if not isinstance(first, Mapping):
+        return {}
+    return {name: parameter.detach() if _is_like(value, its) else value for name, value in first.items()}
 
 
 def _is_like(value: Any, parameter: Tensor) -> bool:

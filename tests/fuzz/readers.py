@@ -20,12 +20,14 @@ from slora_diffusers.cli.console import show
 from slora_diffusers.cli.describe import inspect_adapter, tables
 from slora_diffusers.convert.merge import merge_files
 from slora_diffusers.files.format import AdapterFile
+from slora_diffusers.heads.backbones import layer_features
 from slora_diffusers.training.checkpoint import STATE_NAME
 from tests.adapters import add_random_adapter, traces
 from tests.fuzz.damage import Tensors, damage_bytes, damage_file, damage_json, damage_tensor, damage_tree
 from tests.fuzz.judge import Reader
-from tests.test_vision import classifier, segmenter, shaken
+from tests.test_vision import classifier, pixels, segmenter, shaken
 from tests.test_vision_promptable import make as promptable
+from tests.test_vision_prompts import make as prompts
 from tests.tiny.models import TINY
 from tests.tiny.pipelines import tiny_dit_pipeline
 from tests.tiny.vision import VISION
@@ -330,18 +332,25 @@ READERS: dict[str, Callable[[], Reader]] = {
     "merge": merge,
     "compress": compress,
     "classification head": lambda: _head(classifier, VISION["Dinov2Model"].build),
-    "segmentation head": lambda: _head(lambda: segmenter(head="convolutional", width=8), VISION["Dinov2Model"].build),
+    "segmentation head": lambda: _head(lambda: segmenter(head="convolutional", width=8), _dinov2),
     "promptable head": lambda: _head(lambda: promptable("sam"), _sam),
+    "prompt head": lambda: _head(prompts, VISION["CLIPModel"].build),
     "yaml": yaml_options,
     "resume": resume,
 }
 
 SHARES = {
     **{"load": 0.2, "load into a bare model": 0.1, "load a state dict": 0.05, "load into a pipeline": 0.05},
-    **{"inspect": 0.12, "merge": 0.1, "compress": 0.1, "classification head": 0.06, "segmentation head": 0.04},
-    **{"promptable head": 0.02, "yaml": 0.12, "resume": 0.04},
+    **{"inspect": 0.1, "merge": 0.1, "compress": 0.1, "classification head": 0.06, "segmentation head": 0.04},
+    **{"promptable head": 0.02, "prompt head": 0.02, "yaml": 0.14, "resume": 0.02},
 }
 """How many of all inputs a reader gets: those that take a forward, or a run, get fewer."""
+
+
+def _dinov2() -> nn.Module:
+    model = VISION["Dinov2Model"].build()
+    layer_features(model, pixels())  # transformers puts hooks of its own on a model that gave its hidden states once
+    return model
 
 
 def _sam() -> nn.Module:

@@ -65,6 +65,7 @@ class Part:
         dW = change_of(self.module, self.settings, W)
         if dW.B.shape[0] != self.place.height:
             raise AdapterFileError(_misfit(self.module, self.place, dW.B.shape[0]))
+        check_finite({f"{self.module.name} times its scale": matrix for matrix in (dW.A, dW.B)})
         A, shape = dW.A, weight_of(linears_of(model)[self.path]).shape[1:]
         if len(shape) > 1 and A.ndim == 2 and shape.numel() == A.shape[1]:
             A = A.reshape(-1, *shape)
