@@ -39,6 +39,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Architecture]:
     table = dict(ARCHITECTURES)
     monkeypatch.setattr("slora_diffusers.records.registry.ARCHITECTURES", table)
     monkeypatch.setattr("slora_diffusers.core.sites.ARCHITECTURES", table)
+    monkeypatch.setattr("slora_diffusers.core.fit.ARCHITECTURES", table)
     return table
 
 

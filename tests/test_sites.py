@@ -193,3 +193,100 @@ def test_blocks_compiled_one_by_one_have_the_same_keys():
     for i, block in enumerate(model.transformer_blocks):
         model.transformer_blocks[i] = torch.compile(block, backend="eager")
     assert [slot.key for slot in find_slots(model)] == keys
+
+
+def own(sites):
+    return sl.register_architecture(sl.Architecture("My blocks", ("OneBlock",), sites))
+
+
+@pytest.fixture
+def own_table(monkeypatch):
+    """What is registered in a test is gone after it."""
+    table = dict(ARCHITECTURES)
+    for module in ("records.registry", "core.sites", "core.fit"):
+        monkeypatch.setattr(f"slora_diffusers.{module}.ARCHITECTURES", table)
+
+
+GOOD = sl.Pair(("hidden_states",), ("to_q", "to_k", "to_v"))
+MISTAKES = {
+    "a path at its root": ({"block.*.attn": (GOOD,)}, r"'My blocks' names the site 'block.*.attn'.*no 'block' there"
+                                                      r".*Its modules are blocks.*Did you mean 'blocks'"),
+    "a path further in": ({"blocks.*.attention": (GOOD,)}, r"no 'attention' there.*At 'blocks.*' there are attn.*"
+                                                           r"Did you mean 'attn'"),
+    "one of two paths": ({"blocks.*.attn": (GOOD,), "blocks.*.mlp": (GOOD,)}, r"no 'mlp' there"),
+    "a projection": ({"blocks.*.attn": (sl.Pair(("hidden_states",), ("to_q", "to_k", "to_vv")),)},
+                     r"names the projection 'to_vv' of 'blocks.*.attn'.*Its Linears are to_q, to_k, to_v.*"
+                     r"Did you mean 'to_v'"),
+    "the only projection": ({"blocks.*.attn": (GOOD, sl.Pair((), ("to_out.1.proj",), "attention_output"))},
+                            r"names the projection 'to_out.1.proj'"),
+    "an input": ({"blocks.*": (sl.Pair(("hidden",), ("attn.to_q", "attn.to_k", "attn.to_v")),)},
+                 r"names the input 'hidden' of 'blocks.*'.*takes hidden_states"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_a_record_that_does_not_fit_says_what_it_looked_for_and_what_is_there(mistake, own_table):
+    sites, message = MISTAKES[mistake]
+    own(sites)
+    model = OneBlock()
+    before = traces(model)
+    with pytest.raises(sl.ArchitectureError, match=message) as error:
+        sl.add_serial_lora(model, sl.SerialLoraConfig())
+    assert len(str(error.value)) < 500
+    assert traces(model) == before
+
+
+def test_what_some_models_lack_is_marked(own_table):
+    pair = sl.Pair(("hidden_states",), ("to_q", "to_k", "to_v", "to_gate?"))
+    own({"blocks.*.attn": (pair,), "single_blocks.*.attn?": (GOOD,)})
+    model, x = OneBlock().eval(), torch.randn(2, 5, 32)
+    add_random_adapter(model)
+    live = model(x)
+    sl.fuse_serial_lora(model)
+    assert torch.allclose(model(x), live, atol=1e-5)
+
+
+def test_a_model_without_a_record_gets_the_nearest_and_the_page():
+    class FluxTransformer2D(nn.Module):
+        pass
+
+    with pytest.raises(sl.ArchitectureError) as error:
+        sl.add_serial_lora(FluxTransformer2D(), sl.SerialLoraConfig())
+    text = str(error.value)
+    assert "FluxTransformer2DModel" in text and "docs/architectures.md" in text and len(text) < 400
+
+
+class Root(nn.Module):
+    """A model that is a site itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden_states):
+        return self.to_q(hidden_states) * self.to_k(hidden_states)
+
+
+@pytest.mark.parametrize("weight", [{"": 0.5}, {".*": 0.5}, 0.5])
+def test_a_site_at_the_root_obeys_site_weights_live_fused_and_exported(weight, own_table, tmp_path):
+    sl.register_architecture(sl.Architecture("Root", ("Root",), {"": (sl.Pair(("hidden_states",), ("to_q", "to_k")),)}))
+    torch.manual_seed(0)
+    model, x = Root().eval(), torch.randn(2, 5, 8)
+    add_random_adapter(model, alpha=6)
+    A, B = (m.double() for m in sl.serial_lora_parameters(model))
+    shifted = x.double() + 0.5 * 6 / 4 * x.double() @ A.T @ B.T
+    wanted = model.double().to_q(shifted) * model.to_k(shifted)
+    model.float()
+    sl.set_serial_lora(model, "default", weight)
+    assert torch.allclose(model(x).double(), wanted, atol=1e-4)
+    sl.fuse_serial_lora(model)
+    assert torch.allclose(model(x).double(), wanted, atol=1e-4)
+    sl.unfuse_serial_lora(model)
+    sl.save_serial_lora(model, tmp_path)
+    again = Root().eval()
+    again.load_state_dict({k: v for k, v in model.state_dict().items() if "serial_lora" not in k})
+    sl.load_serial_lora(again, tmp_path)
+    sl.set_serial_lora(again, "default", weight)
+    assert torch.allclose(again(x).double(), wanted, atol=1e-4)
+    sl.set_serial_lora(model, "default", {"": 0.0})
+    assert torch.allclose(model(x), model.to_q(x) * model.to_k(x))

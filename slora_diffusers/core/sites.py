@@ -6,45 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import SerialLoraConfig, matches
 from ..errors import ArchitectureError, SerialLoraError
-from ..records.registry import ARCHITECTURES, REFUSED, Architecture, Pair, check_config
+from ..records.registry import ARCHITECTURES, REFUSED, Architecture, Pair, check_config, is_built_in
+from .expand import Projection, expand, projection_of, unwrap
+from .fit import check_fit, no_record, no_site
 from .names import place_name
-from .pair import fuse
 
 T = TypeVar("T")
 
 # What an attention may do to its input before, or beside, the projections: there W (I + sBA) is not the same map.
 _REFUSED_NORMS = ("group_norm", "spatial_norm", "norm_cross")
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One weight (out, d) that a pair feeds: `owner.attribute`, at `name` inside the site."""
-
-    name: str
-    owner: nn.Module
-    attribute: str
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight, (out, d), as the module shows it: perhaps a placeholder, or quantized; see `core.offload`."""
-        return self.oriented(getattr(self.owner, self.attribute))
-
-    def oriented(self, W: Tensor) -> Tensor:
-        """A weight as its module stores it -> as a matrix (out, d), and back."""
-        return W.t() if self._transposed else W
-
-    def fused(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """W' = W (I + B A) of a weight as its module stores it, stored likewise."""
-        return self.oriented(fuse(self.oriented(W), A, B)).contiguous()
-
-    @property
-    def _transposed(self) -> bool:
-        """Whether the module stores (in, out), as the Conv1D of GPT-2 does; PEFT's LoRA on one has it inside."""
-        return type(getattr(self.owner, "base_layer", self.owner)).__name__ == "Conv1D"
 
 
 @dataclass(frozen=True)
@@ -68,17 +42,6 @@ class Slot:
         return f"{self.path}.{projection.name}" if self.path else projection.name
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and the data-parallel wrappers, or below a head."""
-    while True:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, getattr(model, "adapted_part", ""), None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def find_slots(model: nn.Module) -> list[Slot]:
     """Every place for a pair in the model, in the order of its modules.
 
@@ -87,6 +50,7 @@ def find_slots(model: nn.Module) -> list[Slot]:
     """
     slots: dict[str, Slot] = {}
     refusals: list[str] = []
+    empty: list[str] = []  # why records that cover a module found nothing in it
     records: dict[type, Architecture | None] = {}  # a model has thousands of modules, but few classes
     for prefix, module in unwrap(model).named_modules():
         kind = type(module)
@@ -95,10 +59,13 @@ def find_slots(model: nn.Module) -> list[Slot]:
             if records[kind] is None and (reason := _entry(REFUSED, kind)) is not None:
                 refusals.append(f"{kind.__name__}: {reason}")
         if (record := records[kind]) is not None:
-            for slot in _slots_of(_plain(prefix), module, record):
-                slots.setdefault(slot.key, slot)
+            found = list(_slots_of(_plain(prefix), module, record))
+            slots.update((slot.key, slot) for slot in found if slot.key not in slots)
+            empty += [] if found else [no_site(record, module)]
+    if not slots and refusals:
+        raise ArchitectureError(f"Serial LoRA does not serve this model. {'; '.join(dict.fromkeys(refusals))}")
     if not slots:
-        raise ArchitectureError(_unknown_message(unwrap(model), refusals))
+        raise ArchitectureError(empty[0] if empty else no_record(unwrap(model)))
     return list(slots.values())
 
 
@@ -169,41 +136,17 @@ def _plain(path: str) -> str:
 
 def _slots_of(prefix: str, model: nn.Module, record: Architecture) -> Iterator[Slot]:
     check_config(record, getattr(model, "config", None))
+    if not is_built_in(record):
+        check_fit(record, model)
     for pattern, pairs in record.sites.items():
-        for path, site in _expand(model, pattern.split(".") if pattern else []):
+        for path, site in expand(model, pattern):
             full = ".".join(part for part in (prefix, path) if part)
             for pair in pairs:
-                if pair.without and _projection(site, pair.without) is not None:
+                if pair.without and projection_of(site, pair.without) is not None:
                     continue
-                projections = tuple(p for name in pair.projections if (p := _projection(site, name)) is not None)
+                projections = tuple(p for name in pair.projections if (p := projection_of(site, name)) is not None)
                 if projections:
                     yield Slot(full, site, pair, projections, _features(full, site, projections), record.family)
-
-
-def _expand(module: nn.Module, parts: list[str], path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The submodules that a pattern of path components stands for; what a model does not have is passed over."""
-    module = unwrap(module)
-    if not parts:
-        yield path, module
-        return
-    head, *rest = parts
-    names = [name for name, _ in module.named_children()] if head == "*" else [head]
-    for name in names:
-        child = getattr(module, name, None)
-        if isinstance(child, nn.Module):
-            yield from _expand(child, rest, f"{path}.{name}" if path else name)
-
-
-def _projection(site: nn.Module, name: str) -> Projection | None:
-    parent, _, attribute = name.rpartition(".")
-    try:
-        owner = site.get_submodule(parent)
-    except AttributeError:
-        return None
-    target = getattr(owner, attribute, None)
-    if isinstance(target, nn.Module):
-        return Projection(name, target, "weight")
-    return Projection(name, owner, attribute) if isinstance(target, nn.Parameter) else None
 
 
 def _features(path: str, site: nn.Module, projections: tuple[Projection, ...]) -> int:
@@ -230,13 +173,4 @@ def _listing(slots: list[Slot]) -> str:
     return (
         f"There are {len(sites)} sites: {shown}; with the inputs {list(dict.fromkeys(s.pair.name for s in slots))}. "
         "Patterns are regular expressions, anchored at both ends."
-    )
-
-
-def _unknown_message(model: nn.Module, refusals: list[str]) -> str:
-    if refusals:
-        return "Serial LoRA does not serve this model. " + "; ".join(dict.fromkeys(refusals))
-    return (
-        f"No architecture is registered for {type(model).__name__} or what it contains. Known: "
-        f"{', '.join(sorted(ARCHITECTURES))}. Add yours with register_architecture()."
     )

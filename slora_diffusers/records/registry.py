@@ -31,8 +31,15 @@ REFUSED: dict[str, str] = {"DebertaV2Layer": _SHARED, "DebertaLayer": _SHARED}
 """Model class name -> why no pair can serve it exactly. Every transformer of diffusers 0.42 has a record."""
 
 
+MAYBE = "?"
+"""At the end of a site's path or of a projection in a record: some models of the family lack it."""
+
+
 def register_architecture(record: Architecture) -> Architecture:
     """Add a record for a family of models, or replace the one its class names have.
+
+    All that the record names must be in a model that it covers, or attaching an adapter is an error that says what is
+    missing and what is there; a name that some models lack has a ? at its end: "single_blocks.*?", "add_q_proj?".
 
     Args:
         record: The family's class names and sites.
@@ -62,6 +69,11 @@ def check_config(record: Architecture, config: Any) -> None:
                 f"The record {record.family!r} holds for {key}={wanted!r} only, and this model has {key}={given!r}: "
                 "its attentions read other inputs. Register a record for it with register_architecture()."
             )
+
+
+def is_built_in(record: Architecture) -> bool:
+    """Whether a record came with the package."""
+    return any(record is built_in for built_in in RECORDS)
 
 
 for _record in RECORDS:
