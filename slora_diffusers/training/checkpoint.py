@@ -31,8 +31,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def write_checkpoint(
-    output_dir: Path, step: int, state: Mapping[str, Any], limit: int | None, extra: Callable[[Path], Any]
-) -> Path:
+    output_dir: Path, step: int, state: Mapping[str, Any], limit: int | None, extra: Callable[[Path], Any],
+    is_main: bool = True,
+) -> Path:  # fmt: skip
     """Write `checkpoint-<step>` under another name, rename it, then delete the oldest ones beyond `limit`.
 
     Args:
@@ -40,10 +41,14 @@ def write_checkpoint(
         step: Optimizer steps done.
         state: What `read_checkpoint` gives back: tensors, numbers, strings, lists and dicts.
         limit: How many checkpoints to keep, at least 1; None keeps all.
-        extra: Writes further files, such as the adapter, into the folder it is given.
+        extra: Writes further files, such as the adapter, into the folder it is given; every process calls it.
+        is_main: Whether this process writes.
     """
     target = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f".{target.name}.{os.getpid()}.tmp"
+    if not is_main:
+        extra(temporary)
+        return target
     for stale in output_dir.glob(".checkpoint-*.tmp"):
         shutil.rmtree(stale)
     temporary.mkdir(parents=True)

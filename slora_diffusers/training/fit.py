@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .data.batches import Batch
 from .loop import Step
+from .memory import unless_it_does_not_fit
 from .run import Run
 
 logger: Any = get_logger(__name__)
@@ -48,14 +49,15 @@ class Callback:
 
 def fit(run: Run, task: Task, callbacks: Sequence[Callback] = ()) -> Path:
     """Train until --max_train_steps, an interruption or a callback's end, and save; returns what was written."""
-    for callback in callbacks:
-        callback.before(run)
-    for step in run.steps(task.read, task.loss):
-        if not step.interrupted:
-            for callback in callbacks:
-                callback.after(run, step)
-        if any(callback.stops for callback in callbacks):
-            break
+    with run.rescued():
+        for callback in callbacks:
+            callback.before(run)
+        for step in run.steps(task.read, task.loss):
+            if not step.interrupted:
+                for callback in callbacks:
+                    callback.after(run, step)
+            if any(callback.stops for callback in callbacks):
+                break
     return run.finish(next((c.weights for c in callbacks if c.weights is not None), None))
 
 
@@ -91,10 +93,13 @@ class Validation(Callback):
 
     def validate(self, run: Run, number: int) -> None:
         """Evaluate the weights of step `number` (0 is the untrained adapter), and log the scores."""
-        with run.evaluation():
+        scores: dict[str, float] = {}
+        with unless_it_does_not_fit(f"the validation at step {number}"), run.evaluation():
             scores = dict(self._evaluate(number))
             if self._best is not None:
                 self._best.note(run, scores)
+        if not scores:
+            return
         run.log(scores, number)
         shown = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
         logger.info("step %d: %s", number, shown)

@@ -1,9 +1,14 @@
-"""What a run writes down while it trains: numbers in metrics.jsonl, pictures in a folder, both to the tracker."""
+"""What a run writes down while it trains: numbers in metrics.jsonl, pictures in a folder, both to the trackers.
+
+A run is worth more than its log: a tracker that fails, or a disk that takes no picture, is a warning, given once.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +20,7 @@ from .parsing import specs_of
 from .place import Place
 
 logger: Any = get_logger(__name__)
-METRICS = "metrics.jsonl"
+METRICS, ABANDONED = "metrics.jsonl", "abandoned-metrics.jsonl"
 
 
 class Log:
@@ -23,40 +28,85 @@ class Log:
 
     Args:
         place: The processes; the main one writes.
-        options: What the tracker is told of the run.
+        options: What the trackers are told of the run.
     """
 
     def __init__(self, place: Place, options: BaseOptions) -> None:
         self._accelerator, self.folder = place.accelerator, place.output_dir
+        self._failed: set[str] = set()
         if options.report_to:
             specs = specs_of(options)
             settings = {name: str(getattr(options, name)) for name in specs if not specs[name][0].secret}
-            self._accelerator.init_trackers("slora", settings)
-
-    def set_aside_after(self, step: int) -> None:
-        """Leave measurements of later steps behind: this run writes its own."""
-        path = self.folder / METRICS
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if step and json.loads(line)["step"] <= step))
+            with self._only_warned(f"the tracker {options.report_to}"):
+                self._accelerator.init_trackers("slora", settings)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        """Write numbers to `<output_dir>/metrics.jsonl` and send them to the tracker."""
-        if self._accelerator.is_main_process:
-            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        self._accelerator.log(dict(values), step=step)
+        """Write numbers to `<output_dir>/metrics.jsonl` and send them to the trackers."""
+        if not self._accelerator.is_main_process:
+            return
+        with self._only_warned(METRICS), open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._to_trackers(lambda tracker: tracker.log(dict(values), step=step))
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
         """Write a picture to `<output_dir>/validation` and send it to the trackers that take pictures."""
         if not self._accelerator.is_main_process:
             return
         folder = self.folder / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{name}-{step:06d}.png")
+        with self._only_warned("the folder of pictures"):
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{name}-{step:06d}.png")
+
+        def send(tracker: Any) -> None:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: [image]}, step=step)
+
+        self._to_trackers(send)
+
+    def end(self) -> None:
+        """Tell the trackers that the run is over."""
+        with self._only_warned("the trackers' end"):
+            self._accelerator.end_training()
+
+    def set_aside_after(self, step: int) -> None:
+        """Move measurements of later steps, and lines that are cut off, to another file: this run writes its own."""
+        path = self.folder / METRICS
+        if not path.exists():
+            return
+        kept, later = [], []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            number = _step_of(line)
+            (later if number is None or number > step or not step else kept).append(line)
+        if not later:
+            return
+        with open(self.folder / ABANDONED, "a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in later)
+        half = path.with_name(f".{METRICS}.tmp")
+        half.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(half, path)
+        logger.warning("%d measurements of another run, or cut off, are moved to %s", len(later), ABANDONED)
+
+    def _to_trackers(self, send: Callable[[Any], None]) -> None:
         for tracker in self._accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                if tracker.name == "tensorboard":
-                    tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
-                else:
-                    tracker.log_images({name: [image]}, step=step)
+            with self._only_warned(f"the tracker {tracker.name}"):
+                send(tracker)
+
+    @contextmanager
+    def _only_warned(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                logger.warning("%s failed, and the run goes on without it: %s: %s", what, type(error).__name__, error)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of metrics; None for a line that is cut off."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ class Step:
         grad_norm: Norm of the gradient before clipping.
         seconds: Wall time of the step.
         memory: Peak bytes so far: of the accelerator, else of this process.
-        interrupted: Whether the run was asked to end (SIGINT, SIGTERM, the launcher's end) on any process.
+        interrupted: Whether the run was asked to end (a signal, the launcher's end) on any process.
     """
 
     number: int
@@ -48,6 +48,10 @@ class Step:
     seconds: float
     memory: int
     interrupted: bool = False
+
+
+# A key, the launcher's or the system's end, a dropped ssh, a closed console on Windows; not every system has each.
+SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, n))
 
 
 class Interrupt:
@@ -65,9 +69,12 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Inside, the first SIGINT or SIGTERM is noted, to be acted on after the step; a second one acts at once."""
+    """Inside, the first of `SIGNALS` is noted, to be acted on after the step; a second one acts at once."""
     interrupt = Interrupt()
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}  # nohup ignores SIGHUP
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupt.signalled = True
@@ -141,6 +148,12 @@ def peak_memory(device: torch.device) -> int:
     """Largest number of bytes held so far: on the accelerator, or by this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil  # accelerate brings it
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows does not have
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -72,6 +72,7 @@ class Optimization:
     Attributes:
         called: The models to call in the forward pass, by name.
         models: The same, unwrapped.
+        moving: Whether a step has begun that is not done: weights and optimizer do not belong together then.
     """
 
     def __init__(
@@ -93,6 +94,8 @@ class Optimization:
         self.schedule = get_scheduler(options.lr_scheduler, self._inner, **length, **shape)
         self.ema = EMAModel(self.parameters(), decay=options.ema_decay) if options.use_ema else None
         self._scaler, self._device = place.accelerator.scaler, place.device
+        self.moving = False
+        self._inner.register_step_pre_hook(lambda *_: setattr(self, "moving", True))
 
     @property
     def _inner(self) -> Any:
@@ -102,12 +105,18 @@ class Optimization:
         """Names and parameters that train."""
         return trainable(self.models.values())
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters lie in parts on several processes, which have to gather them together."""
+        return any(hasattr(parameter, "full_tensor") for parameter in self.parameters())
+
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that train."""
         return [parameter for _, parameter in self.trained()]
 
     def after_step(self) -> None:
-        """Keep up the average."""
+        """Keep up the average: the step is done."""
+        self.moving = False
         if self.ema is not None:
             self.ema.step(self.parameters())
 

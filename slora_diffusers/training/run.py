@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -96,17 +96,16 @@ class Run:
         )  # fmt: skip
         moving = (list(self.called.values()), self.optimization.optimizer, self.optimization.schedule)
         bounds = {"start": self.done, "stop": self.steps_in_all, "max_grad_norm": self.options.max_grad_norm}
-        with bar, interruptible() as interrupt:
+        with _closing(bar), interruptible() as interrupt:
             for step in train_steps(accelerator, *moving, batches, loss_of, **bounds, interrupt=interrupt):
                 self.optimization.after_step()
                 self.done = step.number
-                bar.update()
-                bar.set_postfix_str(
-                    f"loss {step.loss:.4f}, lr {step.lr:.1e}, {step.seconds:.2f} s/step, {step.memory / 2**30:.2f} GB"
-                )
+                if step.interrupted and not self.place.deepspeed:  # first of all: there may be no terminal any more
+                    self.save_checkpoint()
+                _show(bar, step)
                 names = ("loss", "lr", "grad_norm", "seconds", "memory")
                 self.log({name: getattr(step, name) for name in names}, step.number)
-                if (step.interrupted and not self.place.deepspeed) or (every and step.number % every == 0):
+                if every and step.number % every == 0 and not step.interrupted:
                     self.save_checkpoint()
                 yield step
                 if step.interrupted:
@@ -125,15 +124,50 @@ class Run:
         self._log.picture(name, image, step)
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint of this step; every process calls."""
+        """Write a checkpoint of this step, with the adapter as it would be saved; every process calls."""
+        self._write_checkpoint()
+        self.place.wait()
+
+    def _write_checkpoint(self) -> None:
         specs = specs_of(self.options)
         options = {name: value for name, value in asdict(self.options).items() if not specs[name][0].secret}
         made_by = {"step": self.done, "options": options, "processes": self.place.processes}
         state = {**made_by, **self.optimization.state()}
-        if self.place.is_main:
-            limit = self.options.checkpoints_total_limit
-            checkpoint.write_checkpoint(self.output_dir, self.done, state, limit, lambda folder: None)
-        self.place.wait()
+        limit = self.options.checkpoints_total_limit
+        checkpoint.write_checkpoint(self.output_dir, self.done, state, limit, self._save_adapter, self.place.is_main)
+
+    def _save_adapter(self, folder: Path) -> None:
+        """The adapter alone, so that the best step can be picked; every weight is in the checkpoint's state already."""
+        if self.options.adapter != "full":
+            with self.evaluation():
+                self.method.save(self.models, folder, self.place.is_main)
+
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Whatever is raised inside: a checkpoint of the last step is written first, if this process can do it alone.
+
+        Weights that were between two steps are saved without the optimizer's state, which does not fit them.
+        """
+        start = self.done
+        try:
+            yield
+        except BaseException as error:
+            alone = self.place.is_main and not self.place.deepspeed and not self.optimization.sharded
+            if alone and not isinstance(error, GeneratorExit) and (self.done > start or self.optimization.moving):
+                self._rescue(error)
+            raise
+
+    def _rescue(self, error: BaseException) -> None:
+        where = self.output_dir / f"checkpoint-{self.done}"
+        try:
+            if self.optimization.moving:
+                where = self.output_dir / f"rescued-{self.done}"
+                self.method.save(self.models, where, True)
+            elif not (where / checkpoint.STATE_NAME).exists():
+                self._write_checkpoint()
+            logger.error("%s ended the run: its weights are in %s", type(error).__name__, where)
+        except Exception as another:
+            logger.error("the weights of step %d could not be saved: %s", self.done, another)
 
     def finish(self, weights: Mapping[str, Tensor] | None = None) -> Path:
         """Save the adapter to `output_dir`, and upload it if asked; every process calls. Returns what was written.
@@ -153,7 +187,7 @@ class Run:
             also = ("config.yaml", "validation/*")
             publish(path, self.place.repository, **settings, token=options.hub_token, also=also)
         self.place.wait()
-        self.place.accelerator.end_training()
+        self._log.end()
         return path
 
     def _resume(self, path: Path | None) -> None:
@@ -184,3 +218,20 @@ class Run:
                 changed[name] = (before, now)
         for name, (before, now) in changed.items():
             logger.warning("%s was %s and is now %s: the run will not equal an uninterrupted one", name, before, now)
+
+
+def _show(bar: Any, step: Step) -> None:
+    with suppress(OSError):  # a terminal that is gone
+        bar.update()
+        bar.set_postfix_str(
+            f"loss {step.loss:.4f}, lr {step.lr:.1e}, {step.seconds:.2f} s/step, {step.memory / 2**30:.2f} GB"
+        )
+
+
+@contextmanager
+def _closing(bar: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            bar.close()

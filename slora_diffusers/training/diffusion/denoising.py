@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.batches import Batch
+from ..memory import unless_it_does_not_fit
 from ..methods import without_adapter
 from ..run import Run
 from .objectives import Noised, Objective
@@ -62,8 +63,9 @@ class Denoising:
     def validate(self, number: int) -> dict[str, float]:
         """The loss at fixed noise, and a picture of images; every process computes both, so none waits for another."""
         loss = fixed_noise_loss(self.objective.process, self.samples.fixed(), self.losses)
-        with self.run.place.autocast():
-            images = self._draw() if self.run.options.num_validation_images else []
-        if images:
-            self.run.log_picture("images", image_grid(images, self._columns), number)
+        if self.run.options.num_validation_images:
+            with unless_it_does_not_fit(f"the picture of step {number}"):
+                with self.run.place.autocast():
+                    images = self._draw()
+                self.run.log_picture("images", image_grid(images, self._columns), number)
         return {"validation_loss": loss}
