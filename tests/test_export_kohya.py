@@ -52,7 +52,7 @@ class TestKohya:
                 self.single_transformer_blocks = torch.nn.ModuleList([block])
 
         target = Target({"transformer": FluxTransformer2DModel()}, None, {})
-        renamed = as_kohya({"transformer": lora}, target)[""]
+        renamed = as_kohya({"transformer": lora}, target)["transformer"]
         assert set(renamed) == {"lora_unet_single_blocks_0_linear1"}
         part = renamed["lora_unet_single_blocks_0_linear1"]
         file = {

@@ -159,7 +159,7 @@ def compress_lora(
 
 def check_arguments(rank: int, ridge: float = RIDGE) -> None:
     """Raise SerialLoraError for a rank or a ridge that `compress_lora` would not take."""
-    check_rank(rank)
+    check_rank(rank, auto=False)
     if rank is None:
         raise SerialLoraError("rank must be a whole number of at least 1; got None.")
     if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < 1:

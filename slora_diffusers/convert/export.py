@@ -21,8 +21,13 @@ from ..core.state import Weights, names_with_weights, pairs_of, registry_of, wei
 from ..errors import AdapterStateError, SerialLoraError
 from ..files.fingerprint import describe_base
 from ..files.format import library_version
-from .layouts.write import Target, as_kohya, check_format, unread_by_diffusers, write_lora
+from .layouts.write import Target, as_kohya, check_format, how_to_load, unread_by_diffusers, write_lora
 from .lowrank import LowRank, Products, Sized, Track, check_rank, silently, sizes, truncate
+
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""What storing in a dtype loses of a matrix anyway, relatively."""
+
+_OUT = ".base_layer.out_proj"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +39,14 @@ class ExportReport(Sized):
         format: "diffusers", "peft" or "kohya".
         adapters: {component: {adapter: weight}}.
         modules: Number of modules that the LoRA sits on.
+        load: The calls that load it, one for each file.
     """
 
     files: tuple[Path, ...]
     format: str
     adapters: dict[str, dict[str, Weights]]
     modules: int
+    load: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.format} LoRA on {self.modules} modules: {self.size()}"
@@ -52,7 +59,7 @@ def export_lora(
     format: str = "diffusers",
     *,
     weights: Weights | Sequence[Weights] | None = None,
-    rank: int | None = None,
+    rank: int | str | None = None,
     dtype: torch.dtype | None = None,
     weight_name: str | None = None,
     track: Track = silently,
@@ -66,11 +73,13 @@ def export_lora(
         model_or_pipe: A model with adapters, or a pipeline with such components.
         save_directory: Folder; made if it is not there.
         adapter_names: Which adapters; `None` takes the active ones, or those that are fused, with their weights.
-        format: "diffusers" (`pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights`), "peft"
+        format: "diffusers" (`pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights`, and another file
+            for what takes a call of its own, such as Wan 2.2's second transformer), "peft"
             (`adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained`; a folder for each
             component of a pipeline), or "kohya" (the original module names, for ComfyUI and sd-scripts).
         weights: One weight for all named adapters, or one for each; `None` keeps those that are set, else 1.
-        rank: Truncate every module to this rank by SVD; `None` is exact.
+        rank: Truncate every module to this rank by SVD; "auto" takes the least rank of each that loses no more than
+            `dtype` rounds away; `None` is exact. The report has the error.
         dtype: Dtype to store; `None` is fp32.
         weight_name: Name of the file, instead of the format's own.
         track: Goes through the pairs, showing progress.
@@ -92,15 +101,25 @@ def export_lora(
     lora: Products = {c: equivalent_lora(model, chosen[c], format, track) for c, model in models.items()}
     if format == "kohya":
         lora = as_kohya(lora, target)
-    lora, error, errors = truncate(lora, rank, track)
+    lora, error, errors = truncate(lora, rank, track, ROUNDING.get(dtype or torch.float32, 1e-6))
+    _follow_attention(lora)
     if dtype is not None:
         lora = {c: {path: part.to(dtype) for path, part in modules.items()} for c, modules in lora.items()}
     _check_finite(lora)
     files = write_lora(lora, Path(save_directory), format, target, weight_name)
+    load = how_to_load(format, target, Path(save_directory), weight_name)
     parts = [part for modules in lora.values() for part in modules.values()]
     return ExportReport(
-        files=tuple(files), format=format, adapters=chosen, modules=len(parts), **sizes(parts, error, errors)
+        files=tuple(files), format=format, adapters=chosen, modules=len(parts), load=load, **sizes(parts, error, errors)
     )
+
+
+def _follow_attention(lora: Products) -> None:
+    """PEFT wants one rank for both parts of nn.MultiheadAttention; the output's is zero, of any rank."""
+    for modules in lora.values():
+        for path in [path for path in modules if f"{path}{_OUT}" in modules]:
+            A, B, r = modules[f"{path}{_OUT}"].A, modules[f"{path}{_OUT}"].B, modules[path].rank
+            modules[f"{path}{_OUT}"] = LowRank(A.new_zeros(r, A.shape[1]), B.new_zeros(B.shape[0], r))
 
 
 def _origin(models: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, Weights]]) -> dict[str, Any]:
@@ -153,7 +172,7 @@ def _slot_lora(
         # PEFT adapts nn.MultiheadAttention as a whole: in_proj_weight, and the output projection, which stays.
         found[slot.path] = LowRank(A, W_B)
         zeros = LowRank(A.new_zeros(A.shape[0], slot.features), A.new_zeros(slot.features, A.shape[0]))
-        found[f"{slot.path}.base_layer.out_proj"] = zeros
+        found[f"{slot.path}{_OUT}"] = zeros
     return found
 
 

@@ -67,11 +67,14 @@ class LowRank:
         lost = torch.linalg.vector_norm(sigma[rank:]).item()
         return LowRank(A.to(self.A.dtype).reshape(-1, *self.A.shape[1:]), B.to(self.B.dtype)), lost
 
+    def rank_for(self, tolerance: float) -> int:
+        """The least rank that holds the product to a relative error."""
+        left = self.singular_values().square().flip(0).cumsum(0).flip(0).sqrt()  # lost at the ranks 0, 1, 2, ...
+        return max(1, int((left > tolerance * left[0]).sum()))
+
     def thin(self, tolerance: float = 1e-6) -> LowRank:
         """The same product at the least rank that holds it to a relative error."""
-        sigma = self.singular_values()
-        left = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # lost at the ranks 0, 1, 2, ...
-        return self.truncated(max(1, int((left > tolerance * left[0]).sum())))[0]
+        return self.truncated(self.rank_for(tolerance))[0]
 
     def _qr(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         return torch.linalg.qr(self.B.double()), torch.linalg.qr(self.A.double().flatten(1).T)
@@ -81,7 +84,14 @@ Products = dict[str, dict[str, LowRank]]
 """{component: {place in it: product}}."""
 
 
-def truncate(sums: Products, rank: int | None, track: Track = silently) -> tuple[Products, float, dict[str, float]]:
+AUTO = "auto"
+Rank = int | str | None
+"""A rank, AUTO for the least that a tolerance allows each product, or None for all of it."""
+
+
+def truncate(
+    sums: Products, rank: Rank, track: Track = silently, tolerance: float = 1e-6
+) -> tuple[Products, float, dict[str, float]]:
     """Each product at no more than a rank, the relative error of all together, and of each that was truncated."""
     if rank is None:
         return sums, 0.0, {}
@@ -89,11 +99,13 @@ def truncate(sums: Products, rank: int | None, track: Track = silently) -> tuple
     errors: dict[str, float] = {}
     lost = whole = 0.0
     items = [(component, key, part) for component, pairs in sums.items() for key, part in pairs.items()]
-    for component, key, part in track(items, f"Truncating to rank {rank}"):
+    to = f"an error of {tolerance:.0e}" if rank == AUTO else f"rank {rank}"
+    for component, key, part in track(items, f"Truncating to {to}"):
         norm = part.norm()
-        kept[component][key], distance = part.truncated(rank)
+        r = part.rank_for(tolerance) if isinstance(rank, str) else rank
+        kept[component][key], distance = part.truncated(r)
         lost, whole = lost + distance**2, whole + norm**2
-        if part.rank > rank:
+        if part.rank > r:
             errors[f"{component}.{key}" if component else key] = distance / norm if norm else 0.0
     return kept, (lost / whole) ** 0.5 if whole else 0.0, errors
 
@@ -156,7 +168,10 @@ def sizes(parts: Sequence[LowRank], relative_error: float, errors: dict[str, flo
     return {"ranks": ranks, "parameters": numel, "relative_error": relative_error, "errors": errors}
 
 
-def check_rank(rank: int | None) -> None:
-    """Raise SerialLoraError unless a rank is None or a whole number of at least 1."""
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise SerialLoraError(f"rank must be a whole number of at least 1, or None; got {rank!r}.")
+def check_rank(rank: Any, auto: bool = True) -> None:
+    """Raise SerialLoraError unless a rank is None, "auto" where that is allowed, or a whole number of at least 1."""
+    if rank is None or (auto and rank == AUTO):
+        return
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        also = ", 'auto'" if auto else ""
+        raise SerialLoraError(f"rank must be a whole number of at least 1{also}, or None; got {rank!r}.")

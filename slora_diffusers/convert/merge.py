@@ -41,7 +41,7 @@ def merge_serial_lora(
     names: Sequence[str],
     weights: Weights | Sequence[Weights] | None,
     new_name: str,
-    rank: int | None = None,
+    rank: int | str | None = None,
     *,
     track: Track = silently,
 ) -> MergeReport:
@@ -53,7 +53,8 @@ def merge_serial_lora(
         weights: One weight for all or one for each (a number, or {regular expression of a site: number}); `None`
             is 1.
         new_name: Name of the result.
-        rank: Truncate each pair to this rank by SVD of B A; `None` keeps the sum of the ranks, which is exact.
+        rank: Truncate each pair to this rank by SVD of B A; "auto" takes the least rank of each that loses no more than
+            a millionth; `None` keeps the sum of the ranks, which is exact.
         track: Goes through the pairs, showing progress.
 
     Raises:
@@ -79,7 +80,7 @@ def merge_serial_lora(
 
 
 def merge_files(
-    files: Sequence[AdapterFile], weights: Sequence[float], rank: int | None = None, track: Track = silently
+    files: Sequence[AdapterFile], weights: Sequence[float], rank: int | str | None = None, track: Track = silently
 ) -> tuple[AdapterFile, MergeReport]:
     """Merge adapters as they were read from files, without their base.
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ...core.sites import unwrap
 from ...errors import SerialLoraError
 from ...files.storage import write_safetensors
 from ..lowrank import LowRank, Products, below_each_other
-from .names import linears_of, original_names
+from .names import Place, linears_of, original_names, original_of
 
 FORMATS = ("diffusers", "peft", "kohya")
 DIFFUSERS_NAME, PEFT_NAME = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
@@ -42,13 +42,51 @@ class Target:
     origin: dict[str, Any]
 
 
+# {LoRA loader of diffusers: {a second denoiser: what its call says}}, where one call reads `transformer.` alone.
+_SECOND = {
+    "WanLoraLoaderMixin": {"transformer_2": "load_into_transformer_2"},
+    "SkyReelsV2LoraLoaderMixin": {"transformer_2": "load_into_transformer_2"},
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a loader, which reads one file.
+
+    Args:
+        components: What it loads into.
+        suffix: End of the file's name, before `.safetensors`.
+        prefixes: {component: what its keys begin with}, where that is not its name.
+        argument: Keyword argument of `load_lora_weights` that the call needs.
+    """
+
+    components: tuple[str, ...]
+    suffix: str = ""
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    argument: str = ""
+
+
+def calls_of(format: str, target: Target) -> list[Call]:
+    """The loader calls that a LoRA in a format takes: a file that holds more than its loader reads would lose it."""
+    if format == "kohya":  # ComfyUI's loader patches one denoiser and its text encoders
+        others = [c for c, m in target.models.items() if original_of(m) is not None][1:]
+        second = dict.fromkeys(others, "")
+    else:
+        second = {c: argument for c, argument in _second_of(target.pipeline).items() if c in target.models}
+    first = tuple(c for c in target.models if c not in second)
+    calls = [Call(first)] if first else []
+    return calls + [Call((c,), f"_{c}", {c: "transformer"}, argument) for c, argument in second.items()]
+
+
 def check_format(format: str, target: Target) -> None:
     """Raise SerialLoraError for a format that is unknown, or whose stock loader would leave a part out."""
     if format not in FORMATS:
         raise SerialLoraError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
     if format == "kohya":
-        known = {place.component for place in original_names(target.models).values()}
-        unread = sorted(set(target.models) - known)
+        unread = set(target.models)
+        for call in calls_of(format, target):
+            named = original_names({c: target.models[c] for c in call.components})
+            unread -= {place.component for place in named.values()}
     elif format == "diffusers":
         # Where diffusers loads no LoRA at all, the file is still what other tools read; export_lora warns.
         loads = hasattr(target.pipeline, "_lora_loadable_modules")
@@ -57,8 +95,8 @@ def check_format(format: str, target: Target) -> None:
         unread = []
     if unread:
         raise SerialLoraError(
-            f"The stock loaders of format={format!r} do not read {unread} here ({_kinds(target, unread)}). Export with "
-            "format='peft', which PEFT loads into any model."
+            f"The stock loaders of format={format!r} do not read {sorted(unread)} here ({_kinds(target, unread)}). "
+            "Export with format='peft', which PEFT loads into any model."
         )
 
 
@@ -66,36 +104,48 @@ def unread_by_diffusers(target: Target) -> list[str]:
     """The components that stock diffusers would load no LoRA into."""
     if target.pipeline is None:
         return [c for c, m in target.models.items() if not hasattr(unwrap(m), "load_lora_adapter")]
-    return sorted(set(target.models) - set(getattr(target.pipeline, "_lora_loadable_modules", ())))
+    known = {*getattr(target.pipeline, "_lora_loadable_modules", ()), *_second_of(target.pipeline)}
+    return sorted(set(target.models) - known)
+
+
+def _second_of(pipeline: Any) -> Mapping[str, str]:
+    names = [c.__name__ for c in type(pipeline).__mro__]
+    return next((second for name, second in _SECOND.items() if name in names), {})
 
 
 def as_kohya(lora: Products, target: Target) -> Products:
-    """The LoRA under ComfyUI's names, with the projections that are one Linear there below each other."""
-    renamed: dict[str, LowRank] = {}
+    """{first component of a call: the LoRA under ComfyUI's names}; what is one Linear there is below each other."""
+    renamed: Products = {}
     left = {(component, path) for component, modules in lora.items() for path in modules}
-    for name, place in original_names(target.models).items():
-        own = lora.get(place.component, {})
-        if not any(path in own for path in place.paths):
-            continue
-        if len(place.paths) == 1:
-            ((path, rows),) = place.paths.items()
-            renamed[name] = LowRank(own[path].A, own[path].B[rows.argsort()])
-        else:
-            parts = [own.get(path) for path in place.paths]
-            renamed[name] = below_each_other(parts, [rows.numel() for rows in place.paths.values()])
-        left -= {(place.component, path) for path in place.paths}
+    for call in calls_of("kohya", target):
+        own = renamed.setdefault(call.components[0], {})
+        for name, place in original_names({c: target.models[c] for c in call.components}).items():
+            modules = lora.get(place.component, {})
+            if any(path in modules for path in place.paths):
+                own[name] = _there(place, modules)
+                left -= {(place.component, path) for path in place.paths}
     if left:
         raise SerialLoraError(
             f"ComfyUI and kohya's tools have no name for {', '.join(sorted(path for _, path in left)[:3])}. Export "
             "with format='diffusers' or format='peft'."
         )
-    return {"": renamed}
+    return renamed
+
+
+def _there(place: Place, modules: Mapping[str, LowRank]) -> LowRank:
+    """The change of an original module: its Linears' below each other, each with its rows as they are there."""
+    parts, heights = [], []
+    for path, rows in place.paths.items():
+        part = modules.get(path)
+        parts.append(None if part is None else LowRank(part.A, part.B[rows.argsort()]))
+        heights.append(rows.numel())
+    return below_each_other(parts, heights)
 
 
 def write_lora(
     lora: Products, folder: Path, format: str, target: Target, weight_name: str | None, prefix: str = ""
 ) -> list[Path]:
-    """Write a LoRA whose modules are named as the format wants them; gives the files."""
+    """Write a LoRA whose modules are named as the format wants them, a file for each call of its loader."""
     if format == "peft":
         bare = target.pipeline is None
         folders = {component: folder if bare else folder / component for component in lora}
@@ -104,20 +154,54 @@ def write_lora(
             for component, modules in lora.items()
             for path in _write_peft(modules, folders[component], component, target, weight_name)
         ]
-    metadata = {"serial_lora_export": json.dumps(target.origin)}
-    name = weight_name or prefix + DIFFUSERS_NAME
-    if format == "kohya":
-        path = folder / name
-        write_safetensors(path, _kohya_tensors(lora[""]), metadata)
-        return [path]
+    files = []
+    for call in calls_of(format, target):
+        metadata = {"serial_lora_export": json.dumps(target.origin)}
+        if format == "kohya":
+            tensors = _kohya_tensors(lora[call.components[0]])
+        else:
+            tensors, settings = _diffusers_tensors({c: lora[c] for c in call.components}, call, target)
+            metadata["lora_adapter_metadata"] = json.dumps(settings, sort_keys=True)
+        path = folder / _named(weight_name or prefix + DIFFUSERS_NAME, call)
+        write_safetensors(path, tensors, metadata)
+        files.append(path)
+    return files
+
+
+def how_to_load(format: str, target: Target, folder: Path, weight_name: str | None) -> tuple[str, ...]:
+    """The calls that load what `write_lora` wrote, a line each."""
+    if format == "peft":
+        owner = "model" if target.pipeline is None else "pipe.{}"
+        where = folder if target.pipeline is None else folder / "{}"
+        line = f'PeftModel.from_pretrained({owner}, "{where}")'
+        return tuple(line.format(component, component) for component in target.models)
+    lines = []
+    for call in calls_of(format, target):
+        name = _named(weight_name or DIFFUSERS_NAME, call)
+        if format == "kohya":
+            lines.append(f"ComfyUI's LoraLoader: {folder / name}, for {', '.join(call.components)}")
+        elif target.pipeline is None:
+            lines.append(f'model.load_lora_adapter("{folder}", weight_name="{name}", prefix="{call.components[0]}")')
+        else:
+            more = f', weight_name="{name}"' if name != DIFFUSERS_NAME else ""
+            more += f", {call.argument}=True" if call.argument else ""
+            lines.append(f'pipe.load_lora_weights("{folder}"{more})')
+    return tuple(lines)
+
+
+def _named(name: str, call: Call) -> str:
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem}{call.suffix}{dot}{ending}" if dot else f"{name}{call.suffix}"
+
+
+def _diffusers_tensors(lora: Products, call: Call, target: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, config = {}, {}
     for component, modules in lora.items():
-        tensors |= {f"{component}.{key}": tensor for key, tensor in _tensors(modules).items()}
+        prefix = call.prefixes.get(component, component)
+        tensors |= {f"{prefix}.{key}": tensor for key, tensor in _tensors(modules).items()}
         settings = _peft_settings(modules, target.models.get(component))
-        config |= {f"{component}.{key}": value for key, value in settings.items()}
-    metadata["lora_adapter_metadata"] = json.dumps(config, sort_keys=True)
-    write_safetensors(folder / name, tensors, metadata)
-    return [folder / name]
+        config |= {f"{prefix}.{key}": value for key, value in settings.items()}
+    return tensors, config
 
 
 def _tensors(modules: Mapping[str, LowRank], prefix: str = "") -> dict[str, Tensor]:
@@ -180,6 +264,6 @@ def _targets(paths: list[str], model: nn.Module | None) -> list[str] | str:
     return "|".join(re.escape(path) for path in paths) if ambiguous else paths
 
 
-def _kinds(target: Target, components: list[str]) -> str:
+def _kinds(target: Target, components: Iterable[str]) -> str:
     owner = type(target.pipeline).__name__ if target.pipeline is not None else "a bare model"
-    return f"{owner}, {', '.join(type(target.models[c]).__name__ for c in components)}"
+    return f"{owner}, {', '.join(type(target.models[c]).__name__ for c in sorted(components))}"
