@@ -3,8 +3,6 @@
 Source: Zhong et al., Serial Low-rank Adaptation of Vision Transformer, ICME 2025, arXiv 2503.17750.
 """
 
-from diffusers import DiffusionPipeline as _DiffusionPipeline
-
 from .adapters.contexts import disable_serial_lora, serial_lora_batch, serial_lora_scale
 from .adapters.fuse import fuse_serial_lora, unfuse_serial_lora
 from .adapters.initialise import InitializeReport, initialize_serial_lora
@@ -28,8 +26,8 @@ from .heads.promptable import SerialLoraForPromptableSegmentation
 from .heads.prompts import SerialLoraForPromptClassification
 from .heads.segmentation import SerialLoraForSemanticSegmentation
 from .loader import SerialLoraLoaderMixin
-from .loader import install as _install
 from .records.registry import Architecture, Pair, register_architecture
+from .verbs import give_verbs as _give_verbs
 
 __version__ = _library_version()
 
@@ -71,4 +69,4 @@ __all__ = [
     "unload_serial_lora",
 ]
 
-_install(_DiffusionPipeline)
+_give_verbs()

@@ -28,6 +28,7 @@ FLOORS = (
     ("files",),
     ("convert", "heads"),
     ("loader",),
+    ("verbs",),
     ("__init__",),
     ("training",),
     ("demo",),

@@ -85,7 +85,7 @@ def _plt() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise SerialLoraError("Plots need matplotlib: pip install 'slora_diffusers[demo]'.") from error
+        raise SerialLoraError("Plots need matplotlib: pip install 'slora_diffusers[cli]'.") from error
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 

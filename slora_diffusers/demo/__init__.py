@@ -4,8 +4,7 @@ from importlib.util import find_spec
 
 from ..errors import SerialLoraError
 
-if missing := [name for name in ("matplotlib", "PIL") if find_spec(name) is None]:
-    raise SerialLoraError(
-        f"The demo draws with Pillow in matplotlib's fonts; {' and '.join(missing)} cannot be imported. "
-        "Install them with: pip install matplotlib pillow"
-    )
+NEEDS = ("accelerate", "matplotlib", "rich", "transformers")
+
+if missing := [name for name in NEEDS if find_spec(name) is None]:
+    raise SerialLoraError(f"The demo needs {', '.join(missing)} besides: pip install 'slora_diffusers[cli]'.")
