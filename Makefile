@@ -1,24 +1,30 @@
 # Every target does its own set-up: a Python with venv and make are all that a fresh machine needs.
+# .venv is for developing (tests, lint, benchmarks), .venv-demo for the demo: what a user installs and nothing else,
+# .venv-oldest for the oldest versions that pyproject.toml promises.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN := $(BIN)/python
+INSTALL := bin/pip install --quiet --disable-pip-version-check
+FAST := -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all benchmark lint format clean
+.PHONY: help demo test test-all test-oldest benchmark lint format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.demo ## Fine-tune the built-in DiT on a new style and generate (outputs/demo)
-	$(RUN) -m slora_diffusers.cli demo --output-dir outputs/demo
+demo: .venv-demo/.done ## Fine-tune the built-in DiT on a new style and generate (outputs/demo)
+	.venv-demo/bin/slora demo --output-dir outputs/demo
 
 test: $(VENV)/.test ## Run the fast tests
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" -q
+	$(RUN) $(FAST)
 
 test-all: $(VENV)/.test ## Run every test
 	$(RUN) -m pytest -n 2 --dist loadfile -q
+
+test-oldest: .venv-oldest/.done ## Run the fast tests on the oldest versions that pyproject.toml promises
+	.venv-oldest/bin/python $(FAST)
 
 benchmark: $(VENV)/.test ## Measure against PEFT's LoRA; results go to benchmarks/results
 	$(RUN) -m benchmarks.step
@@ -38,30 +44,33 @@ format: $(VENV)/.lint ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## Remove the virtual environment and everything generated
-	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache
-
-$(VENV)/.python:
-	$(PYTHON) -m venv $(VENV)
-	touch $@
+clean: ## Remove the virtual environments and everything generated
+	rm -rf $(VENV) .venv-demo .venv-oldest outputs build dist *.egg-info .pytest_cache .ruff_cache
 
 # torch first and by its pin alone: a later requirement then finds it there.
-$(VENV)/.torch: $(VENV)/.python constraints.txt
-	$(PIP) torch
+$(VENV)/.torch .venv-demo/.torch: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/$(INSTALL) -c constraints.txt torch
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) -e .
+.venv-demo/.done: .venv-demo/.torch pyproject.toml
+	.venv-demo/$(INSTALL) -c constraints.txt -e '.[cli]'
 	touch $@
 
 # timm and xformers would pull in torchvision and CUDA builds; the tests need neither. timm without torchvision stays in a
-# folder of its own, where only tests/tiny_vision.py looks: the `accelerate` command imports every timm that it finds.
+# folder of its own, where only tests/tiny/vision.py looks: the `accelerate` command imports every timm that it finds.
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[test]'
-	$(PIP) --no-deps xformers
-	$(PIP) --no-deps --upgrade --target $(VENV)/timm timm
+	$(VENV)/$(INSTALL) -c constraints.txt -e '.[test]'
+	$(VENV)/$(INSTALL) -c constraints.txt --no-deps xformers
+	$(VENV)/$(INSTALL) -c constraints.txt --no-deps --upgrade --target $(VENV)/timm timm
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) -e '.[lint]'
+	$(VENV)/$(INSTALL) -c constraints.txt -e '.[lint]'
+	touch $@
+
+.venv-oldest/.done: constraints-oldest.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/$(INSTALL) -c constraints-oldest.txt -e '.[test]'
+	$(@D)/$(INSTALL) -c constraints-oldest.txt --no-deps --upgrade --target $(@D)/timm timm
 	touch $@

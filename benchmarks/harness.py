@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def machine() -> dict[str, Any]:
         else []
     )
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         "processor": models[0].partition(": ")[2] if models else platform.processor() or platform.machine(),

@@ -1,7 +1,7 @@
 """`DiffusionPipeline` gets the verbs as soon as there is one.
 
-Importing diffusers' pipelines takes seconds (transformers, PEFT and every quantizer that is installed), and who adapts a
-bare model needs none of them. So `import slora_diffusers` does not import them: it waits for whoever does.
+Importing diffusers' pipelines takes seconds (transformers, PEFT and every quantizer that is installed), and who adapts
+a bare model needs none of them. So `import slora_diffusers` does not import them: it waits for whoever does.
 """
 
 from __future__ import annotations

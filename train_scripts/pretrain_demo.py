@@ -145,8 +145,9 @@ def snapshot(pipe: DiTPipeline, output: Path, grids: Path, step: int, seed: int)
     rows = []
     for row, guidance in enumerate((1.5, 2.5, 4.0)):
         generator = torch.Generator().manual_seed(seed + row)
-        samples = pipe(list(range(len(LETTERS))), guidance, generator, 20, output_type="pt").images  # type: ignore
-        rows.append(F.pad(samples.mean(1), (1, 1, 1, 1), value=0.3).permute(1, 0, 2).flatten(1))  # (H, 26 W)
+        samples = pipe(list(range(len(LETTERS))), guidance, generator, 20, output_type="np").images  # (26, H, W, 3)
+        grey = torch.from_numpy(samples).mean(-1)  # pyright: ignore[reportArgumentType]
+        rows.append(F.pad(grey, (1, 1, 1, 1), value=0.3).permute(1, 0, 2).flatten(1))  # (H, 26 W)
     grid = (torch.cat(rows) * 255).round().to(torch.uint8).numpy()
     grids.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid).save(grids / f"step_{step:06d}.png")

@@ -1,5 +1,25 @@
 """The `slora` command: demo, inspect, export, compress, merge, fuse, verify."""
 
-from .commands import app
+import sys
+from typing import Any
 
-__all__ = ["app"]
+NEEDED = ("typer", "rich")
+
+
+def main() -> None:
+    """Run the command; where its extra is not installed, say so in one line."""
+    try:
+        from .commands import app
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        sys.exit(f"error: the slora command needs the package {error.name}: pip install 'slora_diffusers[cli]'")
+    app()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":  # the typer application, imported when it is asked for
+        from .commands import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,18 +1,6 @@
-"""The `slora` command, and `python -m slora_diffusers.cli`."""
+"""`python -m slora_diffusers.cli`, the same as `slora`."""
 
-import sys
-
-
-def main() -> None:
-    """Run the command; without the extra that it needs, say which."""
-    try:
-        from . import app
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("typer", "rich"):
-            raise
-        sys.exit(f"error: the slora command needs the package {error.name}: pip install 'slora_diffusers[cli]'")
-    app()
-
+from . import main
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiTPipeline
@@ -110,8 +111,8 @@ def generate(
     rows = []
     for seed in seeds:
         draw = torch.Generator().manual_seed(seed)
-        images = pipe(ids, guidance, draw, INFERENCE_STEPS, output_type="pt").images
-        rows.append(images.mean(1))  # type: ignore[union-attr]
+        images: Any = pipe(ids, guidance, draw, INFERENCE_STEPS, output_type="np").images  # (letters, H, W, 3)
+        rows.append(torch.from_numpy(images).mean(-1))
     return torch.stack(rows)
 
 

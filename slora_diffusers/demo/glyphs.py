@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import SerialLoraError
+
 IMAGE_SIZE = 32
 LETTERS = string.ascii_uppercase  # class id = position in the alphabet
 SEEN_LETTERS = LETTERS[0::2]  # A C E ... Y: what the adapter is trained on
@@ -102,7 +104,12 @@ class Jitter:
 @lru_cache(maxsize=64)
 def load_font(stem: str, pixels: int) -> ImageFont.FreeTypeFont:
     """One of matplotlib's fonts, by file stem, with an em of `pixels`."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{stem}.ttf"), pixels)
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{stem}.ttf")
+    if not path.exists():  # cmti10, which pretraining draws with, came with matplotlib 3.11
+        raise SerialLoraError(
+            f"matplotlib {matplotlib.__version__} has no font {stem}; install a newer one: pip install -U matplotlib"
+        )
+    return ImageFont.truetype(path, pixels)
 
 
 def render_glyph(face: Face, letter: str, jitter: Jitter = Jitter()) -> np.ndarray:
