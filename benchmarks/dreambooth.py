@@ -32,7 +32,8 @@ from safetensors import safe_open
 from skimage import data
 
 from benchmarks.harness import RESULTS, machine, write_results
-from slora_diffusers.training.data.images import find_images, to_pixels
+from slora_diffusers.training.data.folders import find_images
+from slora_diffusers.training.data.images import to_pixels
 from tests.tiny.pipelines import tiny_pixart_pipeline, tiny_sd3_pipeline
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.training.data.batches import Batches, Rows, bucket_shapes
+from slora_diffusers.training.data.batches import Batches
 from slora_diffusers.training.data.cache import (
     Latents,
     PixelReader,
@@ -18,8 +18,10 @@ from slora_diffusers.training.data.cache import (
     encode_moments,
     sample_latents,
 )
+from slora_diffusers.training.data.folders import find_classes, find_images, from_dataset
 from slora_diffusers.training.data.identity import key_of, model_key
-from slora_diffusers.training.data.images import find_classes, find_images, from_dataset, read_image, to_pixels
+from slora_diffusers.training.data.images import read_image, to_pixels
+from slora_diffusers.training.data.order import Rows, bucket_shapes
 from tests.tiny.pipelines import tiny_vae
 
 CAPTIONS = ["a red cat", "a green cat", "a blue cat"]
@@ -175,8 +177,9 @@ def test_every_epoch_shows_every_item_once_and_processes_share_a_row(tmp_path):
     order = Rows.of(items, [(16, 16)], 2, seed=1)
     one = Batches(items, order, PixelReader())[5]
     two = [Batches(items, order, PixelReader(), rank, 2)[5] for rank in range(2)]
-    assert [item for part in two for item in part.items] == one.items
-    noise = [batch.noise(torch.empty(len(batch.items), 4, 2, 2)) for batch in (one, *two)]
+    kept = [item for part in two for item, weight in zip(part.items, part.weights, strict=True) if weight]
+    assert kept == one.items
+    noise = [batch.noise(torch.empty(len(batch.items), 4, 2, 2))[batch.weights > 0] for batch in (one, *two)]
     torch.testing.assert_close(torch.cat(noise[1:]), noise[0], rtol=0, atol=0)
 
 

@@ -13,8 +13,9 @@ from transformers import AddedToken
 
 from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.training.data.cache import Latents, TensorCache, cache_texts, encode_moments
+from slora_diffusers.training.data.folders import find_images
 from slora_diffusers.training.data.identity import component_key, key_of, model_key, pipeline_key
-from slora_diffusers.training.data.images import find_images, to_pixels
+from slora_diffusers.training.data.images import to_pixels
 from slora_diffusers.training.diffusion.class_images import ClassImages
 from tests.tiny.pipelines import tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline, tiny_vae
 from train_scripts import train_dreambooth_pixart, train_dreambooth_sd3

@@ -18,7 +18,7 @@ from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.heads.preprocessing import upright_rgb
 from slora_diffusers.recipes import dreambooth_sd3 as train_dreambooth_sd3
 from slora_diffusers.training.checkpoint import checkpoints
-from slora_diffusers.training.data.images import find_images
+from slora_diffusers.training.data.folders import find_images
 from slora_diffusers.training.optim import make_optimizer
 from tests.tiny.pipelines import tiny_pixart_pipeline, tiny_sd3_pipeline
 

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from ..demo.glyphs import HELD_OUT_LETTERS, NEW_STYLES, SEEN_LETTERS, glyph_images
 from ..errors import SerialLoraError
-from ..training.data.batches import Batch, bucket_shapes
+from ..training.data.batches import Batch
 from ..training.data.cache import vae_factor
-from ..training.data.images import Item, find_classes, from_tensors
+from ..training.data.folders import find_classes
+from ..training.data.images import Item, from_tensors
+from ..training.data.order import bucket_shapes
 from ..training.diffusion.denoising import Denoising
 from ..training.diffusion.objectives import objective_for
 from ..training.diffusion.samples import Samples, evenly_spread

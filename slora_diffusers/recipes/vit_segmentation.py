@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import SerialLoraError
 from ..heads.preprocessing import Preprocessing
-from ..heads.segmentation import SEGMENTATION_HEADS, SerialLoraForSemanticSegmentation
+from ..heads.segmentation import IGNORE_INDEX, SEGMENTATION_HEADS, SerialLoraForSemanticSegmentation
 from ..training.data.batches import Batch
 from ..training.data.images import Item
 from ..training.data.labelled import Fetch, Mask, hold_out
@@ -111,9 +111,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     def loss_of(called: Any, batch: Batch) -> Tensor:
         pixels, targets = batch.inputs[:, :3], batch.inputs[:, 3].long().to(place.device)  # (B, 3, H, W), (B, H, W)
+        targets[batch.weights == 0] = IGNORE_INDEX
         with place.autocast():
             logits = called(pixels.to(place.device, place.weight_dtype)).logits
-        return segmentation_loss(logits.float(), targets, weights, options.dice_weight)
+        return batch.weights.max().item() * segmentation_loss(logits.float(), targets, weights, options.dice_weight)
 
     def evaluate() -> dict[str, float]:
         overlap = Overlap.of(confusion_of(model, unseen, unseen_masks, prepare, place))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ...errors import SerialLoraError
 from ..randomness import randn
-from .batches import Batch, Fetch, Shape
+from .batches import Batch, Fetch
 from .identity import key_of, library_versions, model_key
-from .images import Item, to_pixels
+from .images import Item, Shape, to_pixels
 
 Tensors = dict[str, Tensor]
 

@@ -80,5 +80,5 @@ def _weight_key(weight: Tensor) -> str:
 def _bytes(part: Any) -> bytes | memoryview:
     if isinstance(part, Tensor):
         flat = part.detach().cpu().contiguous().reshape(-1)
-        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+        return flat.view(torch.uint8).numpy().data if flat.numel() else b""
     return part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()

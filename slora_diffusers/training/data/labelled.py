@@ -18,7 +18,8 @@ from ...errors import SerialLoraError
 from ...heads.preprocessing import Preprocessing
 from ..randomness import generator
 from .few_shot import k_shot
-from .images import Item, find_classes, upright_rgb
+from .folders import find_classes
+from .images import Item, read_row
 
 Mask = np.ndarray  # (H, W) uint8: class of each pixel
 
@@ -173,8 +174,3 @@ def random_box(size: tuple[int, int], smallest: float, draw: torch.Generator) ->
     height = max(1, round(size[1] * min(1.0, side / stretch)))
     left, top = round(x * (size[0] - width)), round(y * (size[1] - height))
     return left, top, left + width, top + height
-
-
-def read_row(dataset: Any, row: int, column: str) -> Image.Image:
-    """The image in one row, as upright RGB."""
-    return upright_rgb(dataset[row][column])

@@ -6,16 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ...errors import SerialLoraError
 from ...heads.segmentation import IGNORE_INDEX
-from .images import Item, find_images
-from .labelled import Mask, open_dataset, read_row
+from .folders import uncaptioned
+from .images import SUFFIXES, Item, opened, read_row, whole
+from .labelled import Mask, open_dataset
 
 LabelMap = Mapping[str, Any]
 """{class name: value, or [red, green, blue]} in the order of the classes; "ignore" names pixels that do not count."""
@@ -58,18 +59,32 @@ def mask_folder(folder: str | Path, label_map: LabelMap) -> tuple[list[Item], di
         SerialLoraError: If a folder or a mask is missing, of another size than its image, or holds a value that the
             map does not name.
     """
-    items = find_images(Path(folder) / "images", captions=None, prompt="").report().items
-    available = {path.stem: path for path in sorted((Path(folder) / "masks").glob("*")) if path.is_file()}
-    stems = Counter(Path(item.name).stem for item in items)
-    if twice := [stem for stem, count in stems.items() if count > 1]:
-        raise SerialLoraError(
-            f"{folder}/images has several files called {', '.join(twice[:5])}: one mask is not enough."
-        )
-    missing = [item.name for item in items if Path(item.name).stem not in available]
-    if missing:
-        raise SerialLoraError(f"{folder}/masks has no mask for {', '.join(missing[:5])}: give one of the same name.")
-    readers = {item.name: partial(read_mask, available[Path(item.name).stem], label_map) for item in items}
+    items = uncaptioned(Path(folder) / "images").report().items
+    readers = {
+        name: partial(read_mask, path, label_map) for name, path in paired(items, Path(folder) / "masks").items()
+    }
     return _checked(items, readers), readers
+
+
+def paired(items: Sequence[Item], folder: Path) -> dict[str, Path]:
+    """The file of each image's mask, by the image's name: the one of the same name but for its ending.
+
+    Raises:
+        SerialLoraError: If one has no mask, or two have one, or one has two.
+    """
+    available: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            available.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+    stems = {item.name: PurePosixPath(item.name).with_suffix("").as_posix() for item in items}
+    counts = Counter(stems.values())
+    for name, stem in stems.items():
+        if counts[stem] > 1:
+            raise SerialLoraError(f"there are several images called {stem}: one mask is not enough.")
+        if (there := len(available.get(stem, ()))) != 1:
+            given = f"has no mask for {name}" if not there else f"has {there} masks for {name}"
+            raise SerialLoraError(f"{folder} {given}: give one of the same name.")
+    return {name: available[stem][0] for name, stem in stems.items()}
 
 
 def mask_dataset(
@@ -98,11 +113,8 @@ def read_mask(path: Path, label_map: LabelMap) -> Mask:
     Raises:
         SerialLoraError: If the file is no image, or holds a value or colour that the map does not name.
     """
-    try:
-        with Image.open(path) as image:
-            return mask_of(image, label_map, str(path))
-    except (OSError, UnidentifiedImageError) as error:
-        raise SerialLoraError(f"{path} cannot be read as a mask: {error}.") from error
+    with opened(path) as image:
+        return whole(partial(mask_of, label_map=label_map, name=str(path)), image, str(path))
 
 
 def mask_of(image: Image.Image, label_map: LabelMap, name: str) -> Mask:

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from PIL import Image, PngImagePlugin
 
-from ..data.images import SUFFIXES, Item, read_tag, uncaptioned
+from ..data.folders import uncaptioned
+from ..data.images import SUFFIXES, Item, read_tag
 from ..place import Place
 from ..randomness import generator
 

@@ -53,7 +53,8 @@ class Denoising:
 
     def loss(self, batch: Batch) -> Tensor:
         """Loss of a micro-batch, a scalar."""
-        return self.objective.total(self.losses(batch), batch)
+        losses = self.losses(batch)
+        return self.objective.total(losses * batch.weights.to(losses), batch)
 
     def losses(self, batch: Batch, times: Tensor | None = None) -> Tensor:
         """Loss of every sample, (B,), at random times or at given ones."""

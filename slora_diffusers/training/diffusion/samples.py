@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 
-from ..data.batches import Batch, Batches, Rows, Shape
+from ..data.batches import Batch, Batches
 from ..data.cache import Latents, TensorCache
-from ..data.images import Item
+from ..data.images import Item, Shape
+from ..data.order import Rows, enlarged, nearest_shape
 from ..options import CommonOptions
 from ..place import Place
 from .validation import fixed_batches
+
+logger: Any = get_logger(__name__)
 
 
 class Samples:
@@ -38,10 +43,16 @@ class Samples:
         self._latents = Latents(vae, cache, not options.center_crop, options.random_flip, place.device)
         rows = Rows.of(items, shapes, options.train_batch_size * place.processes, options.seed)
         self.per_epoch = rows.per_epoch
-        used = sorted(set(rows.shapes))
+        for line in rows.report():
+            logger.info(line)
+        for line in (*rows.waste(), *enlarged(items, rows.shapes)):
+            logger.warning(line)
+        beside: dict[int, set[Shape]] = {}  # the shapes that a concept's class images are cut to
+        for item, shape in zip(items, rows.shapes, strict=True):
+            beside.setdefault(item.concept, set()).add(shape)
         own = [[shape] for shape in rows.shapes]
-        fixed = [[shape] for shape in Rows.of(unseen, shapes, 1, options.seed).shapes] if unseen else []
-        for images, needed in ((items, own), (unseen, fixed), (prior, [used] * len(prior))):
+        fixed = [[nearest_shape(item, shapes)] for item in unseen]
+        for images, needed in ((items, own), (unseen, fixed), (prior, [sorted(beside[i.concept]) for i in prior])):
             self._latents.fill(*place.share(images, needed))
         place.wait()
         this_one = (place.accelerator.process_index, place.processes)

@@ -12,11 +12,13 @@ from diffusers.training_utils import free_memory
 from PIL import Image
 
 from ...errors import SerialLoraError
-from ..data.batches import Batch, bucket_shapes
+from ..data.batches import Batch
 from ..data.cache import TensorCache, Tensors, cache_texts, vae_factor
+from ..data.folders import find_images, from_dataset
 from ..data.identity import key_of, pipeline_key
-from ..data.images import Item, find_images, from_dataset
+from ..data.images import Item
 from ..data.labelled import open_dataset
+from ..data.order import bucket_shapes
 from ..options import ANY, COUNT, NOT_NEGATIVE, SHARE, CommonOptions
 from ..parsing import FREE, option
 from ..place import Place

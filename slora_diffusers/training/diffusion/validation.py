@@ -9,19 +9,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.batches import Batch, Fetch, Rows, Shape
-from ..data.images import Item
+from ..data.batches import Batch, Fetch
+from ..data.images import Item, Shape
+from ..data.order import nearest_shape
 from ..randomness import generator, generators
 from .processes import Process
 
 
 def fixed_batches(items: Sequence[Item], shapes: list[Shape], fetch: Fetch, seed: int) -> Iterator[Batch]:
     """Each item alone, always with the same cut, noise and times."""
-    rows = Rows.of(items, shapes, 1, seed)
-    for index, (item, shape) in enumerate(zip(items, rows.shapes, strict=True)):
-        number = -1 - index  # training counts from 0: no draw is shared with it
+    for index, item in enumerate(items):
+        number, shape = -1 - index, nearest_shape(item, shapes)  # training counts from 0: no draw is shared with it
         inputs = fetch(item, shape, generator(seed, "validation", index))[None]
-        yield Batch(number, [0], [item], torch.zeros(1, dtype=torch.bool), inputs, shape, seed)
+        yield Batch(number, [0], [item], torch.zeros(1, dtype=torch.bool), inputs, shape, seed, torch.ones(1))
 
 
 @torch.no_grad()

@@ -95,7 +95,9 @@ def train_classifier(
         targets = torch.tensor([item.label for item in batch.items], device=place.device)
         with place.autocast():
             logits = called(batch.inputs.to(place.device, place.weight_dtype)).logits
-        return F.cross_entropy(logits.float(), targets, weights)
+        losses = F.cross_entropy(logits.float(), targets, weights, reduction="none")  # (B,)
+        mean_weight = 1.0 if weights is None else weights[targets].mean()
+        return (losses * batch.weights.to(losses)).mean() / mean_weight
 
     def evaluate() -> dict[str, float]:
         logits = logits_of(model, unseen, place, options.train_batch_size)

@@ -19,9 +19,10 @@ from ...files.format import WEIGHT_NAME
 from ...heads.backbones import patch_size
 from ...heads.base import SerialLoraWithHead, open_backbone
 from ...heads.preprocessing import Preprocessing
-from ..data.batches import Batch, Batches, Rows, bucket_shapes
+from ..data.batches import Batch, Batches
 from ..data.images import Item
 from ..data.labelled import Fetch
+from ..data.order import Rows, bucket_shapes
 from ..fit import Best, Validation, fit
 from ..methods import ADAPTERS, Adapter, Models, attach
 from ..options import NOT_NEGATIVE, BaseOptions, ImageOptions, parse
