@@ -27,6 +27,7 @@ from ..training.data.cache import vae_factor
 from ..training.data.folders import find_classes
 from ..training.data.images import Item, from_tensors
 from ..training.data.order import bucket_shapes
+from ..training.diffusion.concepts import MaskOptions, masked
 from ..training.diffusion.denoising import Denoising
 from ..training.diffusion.objectives import objective_for
 from ..training.diffusion.samples import Samples, evenly_spread
@@ -44,7 +45,7 @@ NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
 
 
 @dataclass(frozen=True)
-class Options(CommonOptions):
+class Options(CommonOptions, MaskOptions):
     """Classes."""
 
     train_data_dir: str | None = option(None, "Folder of one folder per class, named by class id or label.")
@@ -75,7 +76,10 @@ def find_items(options: Options) -> tuple[list[Item], list[Item]]:
     def id_of(name: str) -> int | None:
         return int(name) if name.isdigit() and int(name) < NULL_CLASS else ids.get(name)
 
-    items = find_classes(options.train_data_dir, id_of).report().items
+    others = (options.output_dir, options.validation_data_dir, options.mask_data_dir, options.encodings_dir)
+    without = [Path(folder) for folder in others if folder is not None]
+    items = find_classes(options.train_data_dir, id_of, without).report().items
+    items = masked(items, options.train_data_dir, options)
     unseen = find_classes(options.validation_data_dir, id_of).items if options.validation_data_dir else items
     return items, evenly_spread(unseen, options.validation_loss_images)
 

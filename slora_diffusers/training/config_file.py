@@ -28,10 +28,12 @@ class Value:
     Args:
         node: What YAML's parser made of it.
         path: The file, for messages.
+        flag: The flag that names it.
     """
 
     node: yaml.Node
     path: Path
+    flag: str = "--config"
 
     def value_of(
         self, name: str, scalar: type, shape: str, convert: Callable[[str], Any] | None, choices: Collection[str] | None
@@ -76,14 +78,14 @@ class Value:
             raise self._error(name, str(error), node) from error
         if choices is not None and value not in choices:
             raise SerialLoraError(
-                f"--config {self.path}: {name} must be one of {', '.join(map(str, choices))}; got {value!r}."
+                f"{self.flag} {self.path}: {name} must be one of {', '.join(map(str, choices))}; got {value!r}."
             )
         return value
 
     def _truth(self, name: str) -> bool:
         value = self.node.value if isinstance(self.node, yaml.ScalarNode) and self.node.style is None else None
         if value not in _TRUTHS:
-            raise SerialLoraError(f"--config {self.path}: {name} must be true or false; got {_shown(self.node)}.")
+            raise SerialLoraError(f"{self.flag} {self.path}: {name} must be true or false; got {_shown(self.node)}.")
         return _TRUTHS[value]
 
     @staticmethod
@@ -91,55 +93,77 @@ class Value:
         return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in _NULLS
 
     def _error(self, name: str, reason: str, node: yaml.Node | None = None) -> SerialLoraError:
-        return SerialLoraError(f"--config {self.path}: {name} cannot be {_shown(node or self.node)}: {reason}.")
+        return SerialLoraError(f"{self.flag} {self.path}: {name} cannot be {_shown(node or self.node)}: {reason}.")
 
 
-def read_config(path: Path) -> Iterator[tuple[str, Value]]:
+def read_config(path: Path, flag: str = "--config") -> Iterator[tuple[str, Value]]:
     """The keys of a file and their values.
 
     Raises:
         SerialLoraError: If there is no such file, or it is not YAML or not 'option: value' lines.
     """
-    text = _text(path)
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise SerialLoraError(f"--config {path} is not YAML: {error}") from error
-    except RecursionError as error:
-        raise SerialLoraError(f"--config {path} must hold 'option: value' lines; it is nested too deeply.") from error
+    root = _root(path, flag)
     if not isinstance(root, yaml.MappingNode):
-        raise SerialLoraError(f"--config {path} must hold 'option: value' lines; got {_kind(root)}.")
-    _check_tags(path, root)
+        raise SerialLoraError(f"{flag} {path} must hold 'option: value' lines; got {_kind(root)}.")
+    return _entries(root, path, flag)
+
+
+def read_list(path: Path, flag: str) -> list[Iterator[tuple[str, Value]]]:
+    """The entries of a file that holds a list of 'option: value' lines.
+
+    Raises:
+        SerialLoraError: If there is no such file, or it is not YAML or not such a list.
+    """
+    root = _root(path, flag)
+    if not isinstance(root, yaml.SequenceNode) or not root.value:
+        raise SerialLoraError(f"{flag} {path} must hold a list, '- option: value' lines; got {_kind(root)}.")
+    if wrong := [node for node in root.value if not isinstance(node, yaml.MappingNode)]:
+        raise SerialLoraError(f"{flag} {path}: each entry must be 'option: value' lines; got {_shown(wrong[0])}.")
+    return [_entries(node, path, flag) for node in root.value]
+
+
+def _entries(root: yaml.MappingNode, path: Path, flag: str) -> Iterator[tuple[str, Value]]:
+    _check_tags(path, root, flag)
     for key, value in root.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise SerialLoraError(f"--config {path}: an option's name is a word; got {_shown(key)}.")
-        yield key.value, Value(value, path)
+            raise SerialLoraError(f"{flag} {path}: an option's name is a word; got {_shown(key)}.")
+        yield key.value, Value(value, path, flag)
 
 
-def _text(path: Path) -> str:
+def _root(path: Path, flag: str) -> yaml.Node | None:
+    text = _text(path, flag)
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise SerialLoraError(f"{flag} {path} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise SerialLoraError(f"{flag} {path} must hold 'option: value' lines; it is nested too deeply.") from error
+
+
+def _text(path: Path, flag: str) -> str:
     if not path.is_file():
-        raise SerialLoraError(f"--config {path}: there is no such file.")
+        raise SerialLoraError(f"{flag} {path}: there is no such file.")
     try:
         if path.stat().st_size > _LARGEST:
-            raise SerialLoraError(f"--config {path} has {path.stat().st_size:,} bytes; a file of options has fewer.")
+            raise SerialLoraError(f"{flag} {path} has {path.stat().st_size:,} bytes; a file of options has fewer.")
         content = path.read_bytes()
     except OSError as error:
-        raise SerialLoraError(f"--config {path} cannot be read: {error}.") from error
+        raise SerialLoraError(f"{flag} {path} cannot be read: {error}.") from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in content:
-        raise SerialLoraError(f"--config {path} is UTF-16 or binary; save it as UTF-8 text.")
+        raise SerialLoraError(f"{flag} {path} is UTF-16 or binary; save it as UTF-8 text.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SerialLoraError(f"--config {path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+        raise SerialLoraError(f"{flag} {path} is not UTF-8 text ({error}); save it as UTF-8.") from error
 
 
-def _check_tags(path: Path, root: yaml.MappingNode) -> None:
+def _check_tags(path: Path, root: yaml.MappingNode, flag: str) -> None:
     """Refuse values that claim a type of their own, such as `!!python/name`."""
     for node in [node for pair in root.value for node in pair]:
         inner = node.value if isinstance(node, yaml.SequenceNode) else []
         for tagged in (node, *inner):
             if not tagged.tag.startswith(_STANDARD) or "python" in tagged.tag:
-                raise SerialLoraError(f"--config {path}: the tag {tagged.tag} means nothing here; leave it out.")
+                raise SerialLoraError(f"{flag} {path}: the tag {tagged.tag} means nothing here; leave it out.")
 
 
 def _kind(node: yaml.Node | None) -> str:

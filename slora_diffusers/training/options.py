@@ -205,7 +205,6 @@ ELSEWHERE = {
     "--lora_layers": "--targets and --exclude choose attentions, --inputs what gets a pair there",
     "--lora_blocks": "--layers 12 13 chooses blocks",
     "--validation_epochs": "--validation_steps counts steps",
-    "--repeats": "give more --num_train_epochs, or --max_train_steps",
     "--upcast_before_saving": "adapters stay fp32, and are saved so",
     "--prior_generation_precision": "class images are drawn in the precision of the run",
     "--adam_weight_decay_text_encoder": "--adam_weight_decay holds for all",

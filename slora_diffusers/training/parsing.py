@@ -13,7 +13,7 @@ import inspect
 import math
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..errors import SerialLoraError
-from .config_file import read_config
+from .config_file import Value, read_config
 
 T = TypeVar("T")
 FREE, WARNED, REFUSED = "free", "warned", "refused"
@@ -176,23 +176,43 @@ def _converter(spec: Spec, kind: Kind) -> Callable[[str], Any]:
 
 def _set_defaults(parser: argparse.ArgumentParser, specs: Mapping[str, Any], path: Path) -> None:
     """Make a file's values the defaults."""
-    names = {flag: name for name, (spec, _, _) in specs.items() for flag in (name, *spec.aliases)}
-    given: dict[str, Any] = {}
-    for key, node in read_config(path):
-        flag = key.replace("-", "_").lstrip("_")
-        if flag not in names:
-            near = difflib.get_close_matches(flag, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(names))}."
-            raise SerialLoraError(f"--config {path}: unknown option {key!r}; {hint}")
-        name = names[flag]
-        if name in given:
-            raise SerialLoraError(f"--config {path}: {name} is given twice; keep one line.")
-        spec, kind, _ = specs[name]
-        given[name] = node.value_of(name, kind.scalar, kind.shape, spec.convert, spec.choices)
+    given = values_of(read_config(path), specs, f"--config {path}")
     given = {name: value for name, value in given.items() if value is not None}  # null stands for the default
     parser.set_defaults(**given)
     for action in parser._actions:
         action.required &= action.dest not in given
+
+
+def values_of(
+    entries: Iterable[tuple[str, Value]], specs: Mapping[str, Any], where: str, short: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """{option: value} of a file's lines.
+
+    Args:
+        entries: Its keys and values.
+        specs: The options that there are, as `specs_of` tells them.
+        where: What the file is, for messages.
+        short: Further names of options.
+
+    Raises:
+        SerialLoraError: If there is no such option, it is given twice, or it cannot have the value.
+    """
+    names = {flag: name for name, (spec, _, _) in specs.items() for flag in (name, *spec.aliases)}
+    names |= short or {}
+    given: dict[str, Any] = {}
+    for key, node in entries:
+        flag = key.replace("-", "_").lstrip("_")
+        if flag not in names:
+            near = difflib.get_close_matches(flag, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(names))}."
+            raise SerialLoraError(f"{where}: unknown option {key!r}; {hint}")
+        name = names[flag]
+        if name in given:
+            raise SerialLoraError(f"{where}: {name} is given twice; keep one line.")
+        spec, kind, _ = specs[name]
+        value = node.value_of(name, kind.scalar, kind.shape, spec.convert, spec.choices)
+        given[name] = _checked(name, value, spec, kind)
+    return given
 
 
 def _explain(parser: Any, argv: Sequence[str], unknown: Sequence[str], elsewhere: Mapping[str, str]) -> None:

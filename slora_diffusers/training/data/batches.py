@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,18 @@ from .images import Item, Shape
 from .order import ClassOrder, Rows
 
 logger = logging.getLogger(__name__)
-Fetch = Callable[[Item, Shape, torch.Generator], Tensor]
+
+
+class Fetch(Protocol):
+    """Reads an item as a tensor, cut to a shape with the draws of a generator."""
+
+    def __call__(self, item: Item, shape: Shape, draw: torch.Generator) -> Tensor:
+        """Pixels, or moments of latents."""
+        ...
+
+    def mask(self, item: Item, shape: Shape, draw: torch.Generator) -> Tensor:
+        """What the pixels weigh in the loss, (1, H, W), after the same cut; asked of items with a mask."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class Batch:
         seed: The run's seed.
         weights: What each sample's loss is multiplied by before the mean, (B,): the image's own weight, times how full
             the batch is; 0 for a sample that only keeps a process company, or that could not be read.
+        masks: What each pixel weighs in its sample's loss, (B, 1, H, W); None where all count.
     """
 
     number: int
@@ -49,6 +62,7 @@ class Batch:
     shape: Shape
     seed: int
     weights: Tensor
+    masks: Tensor | None = None
 
     def draws(self, purpose: str) -> list[torch.Generator]:
         """A generator per sample for one purpose: "noise", "times", ..."""
@@ -61,6 +75,13 @@ class Batch:
     def dropped(self, probability: float) -> Tensor:
         """Which samples lose their condition, (B,) of bool."""
         return torch.cat([torch.rand(1, generator=draw) for draw in self.draws("dropout")]) < probability
+
+
+def masks_of(fetch: Fetch, items: Sequence[Item], shape: Shape, draws: Sequence[torch.Generator]) -> Tensor | None:
+    """What the pixels of items weigh, (B, 1, H, W), cut with the draws that cut the images; None where all count."""
+    if all(item.mask is None for item in items):
+        return None
+    return torch.stack([fetch.mask(item, shape, draw) for item, draw in zip(items, draws, strict=True)])
 
 
 class Batches(Dataset[Batch]):
@@ -100,10 +121,11 @@ class Batches(Dataset[Batch]):
         # The mean over a part of k samples, times k processes / (samples of the longest row), is the part's share.
         share = torch.where(prior, len(others), len(own)) * self.processes / self.rows.longest * (not idle)
         weights = share * torch.tensor([item.weight for item in items]) * read
+        masks = masks_of(self.fetch, items, shape, generators(self.rows.seed, "augmentation", number, samples))
         items = [
             item.told(generator(self.rows.seed, "caption", number, s)) for s, item in zip(samples, items, strict=True)
         ]
-        return Batch(number, samples, items, prior, inputs, shape, self.rows.seed, weights)
+        return Batch(number, samples, items, prior, inputs, shape, self.rows.seed, weights, masks)
 
     def _fetch(self, items: list[Item], shape: Shape, draws: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """The inputs of a batch, and which could be read: a file that has gone since the start ends no run."""

@@ -21,7 +21,7 @@ from ...errors import SerialLoraError
 from ..randomness import randn
 from .batches import Batch, Fetch
 from .identity import key_of, library_versions, model_key
-from .images import Item, Shape, to_pixels
+from .images import Item, Shape, mask_pixels, to_pixels
 
 Tensors = dict[str, Tensor]
 
@@ -92,6 +92,10 @@ class PixelReader:
         """Pixels (3, H, W) in [-1, 1]."""
         return to_pixels(item.read(), shape, draw, self.crop, self.flip)
 
+    def mask(self, item: Item, shape: Shape, draw: torch.Generator) -> Tensor:
+        """What the pixels weigh, (1, H, W), cut and flipped as the pixels are with the same draws."""
+        return mask_pixels(item, shape, draw, self.crop, self.flip)
+
 
 class MomentReader:
     """Fetches the cached moments of latents, of the image or of its mirror image.
@@ -110,6 +114,17 @@ class MomentReader:
         """Moments (2 C, h, w)."""
         mirrored = self.flip and bool(torch.rand(1, generator=draw) < 0.5)
         return self.cache[self._key(item, shape, mirrored)]["moments"]
+
+    def mask(self, item: Item, shape: Shape, draw: torch.Generator) -> Tensor:
+        """What the pixels weigh, (1, H, W), of the image or of its mirror image as with the same draws."""
+        mirrored = self.flip and bool(torch.rand(1, generator=draw) < 0.5)
+        if item.mask is None:
+            return torch.ones(1, *shape)
+        key = key_of("mask", item.mask_content, list(shape))
+        if key not in self.cache:
+            self.cache[key] = {"mask": mask_pixels(item, shape).half()}
+        mask = self.cache[key]["mask"].float()
+        return mask.flip(-1) if mirrored else mask
 
     def fill(self, items: Sequence[Item], shapes: Sequence[Iterable[Shape]], vae: nn.Module) -> None:
         """Encode what is not there yet: each item at each of its shapes."""

@@ -46,6 +46,8 @@ class Item:
         repeats: How often an epoch shows it.
         concept: Which of the run's data sets it belongs to.
         shapes: Shapes that it may be cut to, if not the run's.
+        mask: Reads which pixels count in the loss, as grey values of the image's size; None for all.
+        floor: Weight of a pixel where the mask is black.
     """
 
     name: str
@@ -58,6 +60,14 @@ class Item:
     repeats: int = 1
     concept: int = 0
     shapes: tuple[Shape, ...] = ()
+    mask: Callable[[], Image.Image] | None = field(default=None, repr=False, compare=False)
+    floor: float = 0.0
+
+    @cached_property
+    def mask_content(self) -> str:
+        """Key of the mask."""
+        mask = None if self.mask is None else self.mask()
+        return key_of(None) if mask is None else key_of(mask.mode, list(mask.size), mask.tobytes(), self.floor)
 
     def told(self, draw: torch.Generator) -> Item:
         """The item with one of its caption's forms, drawn, as its caption."""
@@ -165,6 +175,16 @@ def to_pixels(
 ) -> Tensor:
     """`cut` as pixels in [-1, 1], (3, H, W)."""
     return torch.from_numpy(np.array(cut(image, size, draw, crop, flip))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def mask_pixels(
+    item: Item, size: Shape, draw: torch.Generator | None = None, crop: bool = False, flip: bool = False
+) -> Tensor:
+    """What each pixel of the image, cut in the same way, weighs in the loss: (1, H, W) in [0, 1]."""
+    if item.mask is None:
+        return torch.ones(1, *size)
+    grey = torch.from_numpy(np.array(cut(item.mask(), size, draw, crop, flip))).float()[None] / 255
+    return item.floor + (1 - item.floor) * grey
 
 
 def cut(

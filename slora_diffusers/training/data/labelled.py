@@ -156,6 +156,10 @@ class Fetch:
         part = ImageOps.mirror(part) if mirrored else part
         return torch.cat([pixels, torch.from_numpy(np.array(part)).float()[None]])  # (4, H, W)
 
+    def mask(self, item: Item, shape: tuple[int, int], draw: torch.Generator) -> Tensor:
+        """Masks of the loss are of images without a class."""
+        raise SerialLoraError(f"{item.name} has a mask for the loss, which images with a class do not take.")
+
 
 def random_box(size: tuple[int, int], smallest: float, draw: torch.Generator) -> tuple[int, int, int, int]:
     """A part of an image: (left, top, right, bottom), of `smallest` to all of its area and a ratio within 3:4 of its.

@@ -16,6 +16,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import SerialLoraError
@@ -37,6 +38,7 @@ class Noised:
         xt: The mixture that the transformer reads.
         times: Where between the two, (B,).
         timesteps: What the transformer reads for the times, (B,).
+        mask: What each latent weighs in its sample's loss, (B, 1, H, W); None where all count.
     """
 
     batch: Batch
@@ -45,6 +47,7 @@ class Noised:
     xt: Tensor
     times: Tensor
     timesteps: Tensor
+    mask: Tensor | None = None
 
 
 class Model(Protocol):
@@ -79,7 +82,8 @@ class Objective:
         noise = batch.noise(x0)
         times = self.process.sample_times(batch.draws("times")) if times is None else times
         xt, timesteps = self.process.add_noise(x0, noise, times), self.process.timesteps(times).to(x0.device)
-        return Noised(batch, x0, noise, xt, times.to(x0.device), timesteps)
+        mask = None if batch.masks is None else F.adaptive_avg_pool2d(batch.masks.to(x0.device), x0.shape[-2:])
+        return Noised(batch, x0, noise, xt, times.to(x0.device), timesteps, mask)
 
     def losses(self, model: Model, noised: Noised) -> Tensor:
         """The loss of every sample, (B,)."""
@@ -88,11 +92,12 @@ class Objective:
     def compare(self, output: Tensor, noised: Noised) -> Tensor:
         """The loss of every sample, (B,), from the transformer's output."""
         given = (noised.x0, noised.noise, noised.xt, noised.times)
-        return self.process.loss(output, *given, error=lambda p, target: self.loss(p, target, noised))
+        error = lambda prediction, target: self.loss(prediction, target, noised)  # noqa: E731
+        return self.process.loss(output, *given, error=error, mask=noised.mask)
 
     def loss(self, prediction: Tensor, target: Tensor, noised: Noised) -> Tensor:
         """How prediction and target (B, C, H, W) are compared, (B,)."""
-        return squared_error(prediction, target)
+        return squared_error(prediction, target, noised.mask)
 
     def total(self, losses: Tensor, batch: Batch) -> Tensor:
         """One number of a micro-batch: the mean, where class images count on their own."""

@@ -22,14 +22,17 @@ SIGMAS = ("hybrid", "ignore")
 Error = Callable[[Tensor, Tensor], Tensor]  # prediction and target (B, C, H, W) to one number per sample, (B,)
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """mean((prediction - target)^2) of every sample, (B,)."""
-    return mean_of((prediction - target) ** 2)
+def squared_error(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """mean((prediction - target)^2) of every sample, (B,), over what its mask weighs."""
+    return mean_of((prediction - target) ** 2, mask)
 
 
-def mean_of(x: Tensor) -> Tensor:
-    """The mean of every sample of (B, ...), (B,)."""
-    return x.flatten(1).mean(dim=1)
+def mean_of(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean of every sample of (B, C, H, W), (B,): sum(m x) / sum(m) with a mask (B, 1, H, W), 0 where it is 0."""
+    if mask is None:
+        return x.flatten(1).mean(dim=1)
+    mask = mask.expand_as(x).flatten(1)
+    return (mask * x.flatten(1)).sum(dim=1) / mask.sum(dim=1).clamp_min(1e-6)
 
 
 class Process:
@@ -63,13 +66,16 @@ class Process:
         """How much a sample counts, (B,)."""
         raise NotImplementedError
 
-    def bound(self, output: Tensor, x0: Tensor, xt: Tensor, times: Tensor) -> Tensor | float:
+    def bound(
+        self, output: Tensor, x0: Tensor, xt: Tensor, times: Tensor, mask: Tensor | None = None
+    ) -> Tensor | float:
         """What a predicted variance, the second half of an output of 2 C channels, adds to the loss, (B,)."""
         return 0.0
 
     def loss(
-        self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, times: Tensor, error: Error = squared_error
-    ) -> Tensor:
+        self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, times: Tensor, error: Error = squared_error,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The loss of every sample, (B,): weight times error, plus the bound.
 
         Args:
@@ -79,10 +85,11 @@ class Process:
             xt: The mixture that the transformer read.
             times: Where between the two, (B,).
             error: How prediction and target are compared.
+            mask: What each latent weighs in the bound, (B, 1, H, W).
         """
         output, x0, xt = output.float(), x0.float(), xt.float()
         losses = self.weight(times).to(x0) * error(prediction_of(output, x0.shape[1]), self.target(x0, noise, times))
-        return losses + self.bound(output, x0, xt, times)
+        return losses + self.bound(output, x0, xt, times, mask)
 
 
 def prediction_of(output: Tensor, channels: int) -> Tensor:
@@ -134,13 +141,15 @@ class Diffusion(Process):
     def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         return TARGETS[self.prediction_type](x0.float(), noise, *self._signal_and_noise(times, x0))
 
-    def bound(self, output: Tensor, x0: Tensor, xt: Tensor, times: Tensor) -> Tensor | float:
+    def bound(
+        self, output: Tensor, x0: Tensor, xt: Tensor, times: Tensor, mask: Tensor | None = None
+    ) -> Tensor | float:
         if self.sigma == "ignore" or output.shape[1] == x0.shape[1]:
             return 0.0
         prediction, variance = output.chunk(2, dim=1)
         predicted_x0 = PREDICTED_X0[self.prediction_type](prediction.detach(), xt, *self._signal_and_noise(times, x0))
         # L_hybrid = L_simple + 0.001 L_vlb, and L_vlb sums the T terms of which this is one.
-        return 0.001 * len(self.alphas_cumprod) * self._bound(predicted_x0, variance, x0, xt, times)
+        return 0.001 * len(self.alphas_cumprod) * self._bound(predicted_x0, variance, x0, xt, times, mask)
 
     def weight(self, times: Tensor) -> Tensor:
         if self.snr_gamma is None:
@@ -153,7 +162,9 @@ class Diffusion(Process):
         abar = self.alphas_cumprod[times.cpu()]
         return _per_sample(abar.sqrt(), like), _per_sample((1 - abar).sqrt(), like)
 
-    def _bound(self, predicted_x0: Tensor, variance: Tensor, x0: Tensor, xt: Tensor, times: Tensor) -> Tensor:
+    def _bound(
+        self, predicted_x0: Tensor, variance: Tensor, x0: Tensor, xt: Tensor, times: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """One term of the variational bound, in bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p), or -log p(x_0)."""
         times = times.cpu()
         abar = self.alphas_cumprod
@@ -169,8 +180,8 @@ class Diffusion(Process):
         share = (variance + 1) / 2
         log_variance = share * high + (1 - share) * low
         mean, true_mean = from_x0 * predicted_x0 + from_xt * xt, from_x0 * x0 + from_xt * xt
-        kl = mean_of(normal_kl(true_mean, low, mean, log_variance)) / math.log(2)
-        nll = -mean_of(discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)) / math.log(2)
+        kl = mean_of(normal_kl(true_mean, low, mean, log_variance), mask) / math.log(2)
+        nll = -mean_of(discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance), mask) / math.log(2)
         return torch.where(times.to(x0.device) == 0, nll, kl)
 
 

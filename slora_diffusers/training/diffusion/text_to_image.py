@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,24 @@ from PIL import Image
 from ...errors import SerialLoraError
 from ..data.batches import Batch
 from ..data.cache import TensorCache, Tensors, cache_texts, vae_factor
-from ..data.folders import find_images, from_dataset
+from ..data.folders import find_images
 from ..data.identity import key_of, pipeline_key
-from ..data.images import Item
-from ..data.labelled import open_dataset
+from ..data.images import Item, Shape
 from ..data.order import bucket_shapes
 from ..options import ANY, COUNT, NOT_NEGATIVE, SHARE, CommonOptions
 from ..parsing import FREE, option
 from ..place import Place
 from .class_images import ClassImages
+from .concepts import ConceptOptions, concepts_of, find_concept
 from .samples import Samples, evenly_spread
 from .validation import sample_generators
 
 
 @dataclass(frozen=True)
-class TextToImageOptions(CommonOptions):
-    """Images and captions."""
+class TextToImageOptions(CommonOptions, ConceptOptions):
+    """Text to image."""
 
-    instance_data_dir: str | None = option(None, "Folder of the images (and captions) to train on.")
-    instance_prompt: str | None = option(None, "Caption of images that have none of their own.")
-    dataset_name: str | None = option(None, "Data set to train on instead: Hub id, or folder of save_to_disk.")
-    dataset_config_name: str | None = option(None, "Config of that data set.")
-    image_column: str = option("image", "Its column of images.")
-    caption_column: str = option("text", "Its column of captions.")
     with_prior_preservation: bool = option(False, "Train on images of the class too, so that it is not forgotten.")
-    class_data_dir: str | None = option(None, "Folder of the class images; missing ones are drawn with the base.")
-    class_prompt: str | None = option(None, "Caption of the class images.")
-    num_class_images: int = option(100, "How many class images there are to be.", within=COUNT)
     prior_loss_weight: float = option(1.0, "Weight of the class images' loss.", within=NOT_NEGATIVE)
     sample_batch_size: int = option(4, "Class images that are drawn at a time.", within=COUNT, resume=FREE)
     class_inference_steps: int | None = option(
@@ -67,19 +59,19 @@ def find_instances(options: TextToImageOptions) -> tuple[list[Item], list[Item]]
     Raises:
         SerialLoraError: If there are none, or it is not clear which ones are meant.
     """
-    if (options.instance_data_dir is None) == (options.dataset_name is None):
-        raise SerialLoraError("give one of --instance_data_dir and --dataset_name.")
-    if options.with_prior_preservation and not (options.class_data_dir and options.class_prompt):
-        raise SerialLoraError("--with_prior_preservation needs --class_data_dir and --class_prompt.")
-    if options.instance_data_dir is not None:
-        items = find_images(options.instance_data_dir, prompt=options.instance_prompt).report().items
-    else:
-        dataset = open_dataset(options.dataset_name, "train", config=options.dataset_config_name)
-        columns = (options.image_column, options.caption_column, options.instance_prompt)
-        items = from_dataset(dataset, *columns).report().items
+    items: list[Item] = []
+    others = (options.output_dir, options.encodings_dir, options.validation_data_dir)
+    without = [Path(folder) for folder in others if folder is not None]
+    concepts = concepts_of(options)
+    for number, concept in enumerate(concepts):
+        if (concept.class_data_dir is None) != (concept.class_prompt is None) or (
+            options.with_prior_preservation and len(concepts) == 1 and concept.class_prompt is None
+        ):
+            raise SerialLoraError("--with_prior_preservation needs --class_data_dir and --class_prompt.")
+        items += find_concept(concept, number, options.seed, without)
     unseen = items
     if options.validation_data_dir is not None:
-        unseen = find_images(options.validation_data_dir, prompt=options.instance_prompt).items
+        unseen = find_images(options.validation_data_dir, prompt=options.instance_prompt or items[0].caption).items
     return items, unseen
 
 
@@ -154,22 +146,30 @@ class Subject:
         **settings: Any,
     ) -> None:  # fmt: skip
         config, factor = pipe.transformer.config, vae_factor(pipe.vae)
-        self._place, self._options, self._pipe, self._items = place, options, pipe, items
+        self._place, self._options, self._pipe = place, options, pipe
         self._unseen = evenly_spread(unseen, options.validation_loss_images)
-        side = int(options.resolution or side or config.sample_size * factor)
         token = (patch or config.patch_size) * factor  # pixels
-        self.shapes = bucket_shapes(side, options.aspect_ratio_buckets, token)
-        # Validation and class images take the square if it is one of the shapes.
-        height, width = (side, side) if (side, side) in self.shapes else self.shapes[0]
+        concepts = concepts_of(options)
+        sides = [int(concept.resolution or side or config.sample_size * factor) for concept in concepts]
+        shapes = [bucket_shapes(own, options.aspect_ratio_buckets, token) for own in sides]
+        self.shapes, self._call = shapes[0], settings
+        self._items = [replace(item, shapes=tuple(shapes[item.concept])) for item in items]
+        height, width = self._square(sides[0], self.shapes)
         self.tokens = height * width // token**2
         largest = getattr(config, "pos_embed_max_size", None)
-        if largest and max(max(shape) for shape in self.shapes) > largest * token:
+        if largest and max(max(shape) for own in shapes for shape in own) > largest * token:
             raise SerialLoraError(f"the transformer takes at most {largest * token} pixels a side: lower --resolution.")
         self._settings = {"height": height, "width": width, **settings}
-        self._prior = self._class_images() if options.with_prior_preservation else []
+        self._prior = [
+            replace(item, concept=number)
+            for number, concept in enumerate(concepts)
+            if concept.class_prompt is not None and (options.with_prior_preservation or options.dataset_config)
+            for item in self._class_images(concept, *self._square(sides[number], shapes[number]))
+        ]
         self.prompt = options.validation_prompt or items[0].caption
         self.texts = Texts(place, options, pipe, encode, length)
-        self.texts.fill([item.caption for item in (*items, *unseen, *self._prior)] + [self.prompt, ""])
+        told = [text for item in (*items, *unseen, *self._prior) for text in (item.caption, *item.variants)]
+        self.texts.fill([*told, self.prompt, ""])
 
     def samples(self) -> Samples:
         """The run's batches; latents are cached here, if they are to be."""
@@ -190,19 +190,29 @@ class Subject:
             **self._settings,
         ).images
 
-    def _class_images(self) -> list[Item]:
-        options = self._options
-        assert options.class_data_dir is not None and options.class_prompt is not None
+    @staticmethod
+    def _square(side: int, shapes: Sequence[Shape]) -> Shape:
+        """The shape of validation and class images: the square, if it is one of the shapes."""
+        return (side, side) if (side, side) in shapes else shapes[0]
+
+    def _class_images(self, concept: TextToImageOptions, height: int, width: int) -> list[Item]:
+        options, prompt = self._options, concept.class_prompt
+        assert concept.class_data_dir is not None and prompt is not None
         chosen = {"num_inference_steps": options.class_inference_steps, "guidance_scale": options.class_guidance_scale}
-        settings = {**self._settings, **{name: value for name, value in chosen.items() if value is not None}}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        settings = {"height": height, "width": width, **self._call, **chosen}
 
         def draw(count: int, draws: list[torch.Generator]) -> list[Image.Image]:
             with self._place.autocast():  # the VAE is fp32
-                return self._pipe([options.class_prompt] * count, generator=draws, **settings).images
+                return self._pipe([prompt] * count, generator=draws, **settings).images
 
-        made_by = key_of("class image", options.class_prompt, pipeline_key(self._pipe), settings)
-        wanted = (Path(options.class_data_dir), options.class_prompt, options.num_class_images)
-        return ClassImages(*wanted, made_by).complete(self._place, options.seed, options.sample_batch_size, draw)
+        made_by = key_of("class image", prompt, self._drawn_by, settings)
+        wanted = ClassImages(Path(concept.class_data_dir), prompt, concept.num_class_images, made_by)
+        return wanted.complete(self._place, options.seed, options.sample_batch_size, draw)
+
+    @cached_property
+    def _drawn_by(self) -> str:
+        return pipeline_key(self._pipe)
 
 
 def free(pipe: Any, names: Iterable[str]) -> None:

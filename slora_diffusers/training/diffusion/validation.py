@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.batches import Batch, Fetch
+from ..data.batches import Batch, Fetch, masks_of
 from ..data.images import Item, Shape
 from ..data.order import nearest_shape
 from ..randomness import generator, generators
@@ -21,7 +21,8 @@ def fixed_batches(items: Sequence[Item], shapes: list[Shape], fetch: Fetch, seed
     for index, item in enumerate(items):
         number, shape = -1 - index, nearest_shape(item, shapes)  # training counts from 0: no draw is shared with it
         inputs = fetch(item, shape, generator(seed, "validation", index))[None]
-        yield Batch(number, [0], [item], torch.zeros(1, dtype=torch.bool), inputs, shape, seed, torch.ones(1))
+        masks = masks_of(fetch, [item], shape, [generator(seed, "validation", index)])
+        yield Batch(number, [0], [item], torch.zeros(1, dtype=torch.bool), inputs, shape, seed, torch.ones(1), masks)
 
 
 @torch.no_grad()
