@@ -81,7 +81,7 @@ def register(model: nn.Module, registry: Registry) -> None:
     model.register_forward_hook(call.after, always_call=True)
     for module in model.modules():  # a model inside, such as a vision tower, can be saved by itself
         if hasattr(type(module), "save_pretrained"):
-            vars(module)["save_pretrained"] = SavePretrained(module)
+            vars(module)["save_pretrained"] = SavePretrained(module, registry)
     model._serial_lora = registry  # pyright: ignore[reportArgumentType]
 
 

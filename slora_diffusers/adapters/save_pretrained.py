@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..core.names import is_of_pair
+from ..core.state import Registry, adapter_checksum, pairs_of
 
 
 class SavePretrained:
@@ -17,11 +19,13 @@ class SavePretrained:
     or the fused weights where adapters are fused; the adapters themselves are written by `save_serial_lora`.
 
     Args:
-        model: A model whose class has `save_pretrained`.
+        model: A model whose class has `save_pretrained`: the adapted one, or one inside it.
+        registry: What is remembered of the adapters.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, registry: Registry) -> None:
         self.model = model
+        self.registry = registry
         self.beside: Callable[[Any], Any] | None = None  # writes the adapters into the same folder
 
     @property
@@ -40,7 +44,26 @@ class SavePretrained:
             hook.remove()
         if self.beside is not None and kwargs.get("is_main_process", True):
             self.beside(args[0] if args else kwargs["save_directory"])
+        elif unsaved := self._unsaved():
+            warnings.warn(
+                f"{type(self.model).__name__}.save_pretrained wrote the base without its adapters, and {unsaved} "
+                "trained since it was last saved: write it with save_serial_lora(model, folder).",
+                stacklevel=2,
+            )
         return written
+
+    def _unsaved(self) -> str:
+        """The trainable adapters here whose matrices no file has."""
+        if self.registry.fused is not None:
+            return ""
+        pairs = list(pairs_of(self.model).values())
+        names = [
+            name
+            for name in self.registry.configs
+            if any(name in pair.scaling and pair.matrices(name)[0].requires_grad for pair in pairs)
+            and self.registry.saved.get(name) != adapter_checksum(pairs, name)
+        ]
+        return " and ".join(map(repr, names))
 
 
 def _drop_pairs(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from .hooks import Followed
 from .layer import SerialLoraPair
 from .names import matrix_name, split_place
 from .sites import Projection, unwrap
+from .tensors import checksum
 
 Weights = float | Mapping[str, float]
 """The weight of an adapter: a number, or {regular expression of a site: number}."""
@@ -58,6 +59,7 @@ class Registry:
     active: dict[str, Weights] = field(default_factory=dict)
     fused: Fused | None = None
     capacity: tuple[int, int] | None = None
+    saved: dict[str, tuple[int, int]] = field(default_factory=dict)  # checksum of each adapter when it was last saved
     followed: list[Followed] = field(default_factory=list)  # hooks on modules that others may replace
 
 
@@ -99,6 +101,13 @@ def parameters_of(model: nn.Module, adapter_name: str | None = None) -> list[nn.
     pairs = pairs_of(model).values()
     names = [(pair, name) for pair in pairs for name in pair.scaling if adapter_name in (None, name)]
     return [pair.get_parameter(f"lora_{part}_{name}") for pair, name in names for part in "AB"]
+
+
+def adapter_checksum(pairs: Iterable[SerialLoraPair], adapter_name: str) -> tuple[int, int]:
+    """What tells one state of an adapter from another: sums over the bits of its matrices in these pairs."""
+    matrices = [m for pair in pairs if adapter_name in pair.scaling for m in pair.matrices(adapter_name)]
+    here = [checksum(matrix.detach()) for matrix in matrices if not matrix.is_meta]
+    return sum(one for one, _ in here), sum((i + 1) * other for i, (_, other) in enumerate(here))
 
 
 def weight_at(path: str, weight: Weights) -> float:

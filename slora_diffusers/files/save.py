@@ -13,7 +13,7 @@ from ..core.components import adapted, check_known, held_by, the_adapter
 from ..core.names import matrix_name
 from ..core.offload import Storage
 from ..core.sites import unwrap
-from ..core.state import pairs_of, registry_of
+from ..core.state import adapter_checksum, pairs_of, registry_of
 from .fingerprint import describe_base
 from .format import AdapterFile, Component, library_version
 from .hub import check_publishing, publish
@@ -87,4 +87,6 @@ def _component(model: nn.Module, name: str) -> Component:
         if name in pair.scaling:
             for which, matrix in zip("AB", pair.kept(storage, name), strict=True):
                 tensors[matrix_name(key, which)] = matrix.detach()
-    return Component(tensors, registry_of(model).configs[name], describe_base(model))
+    registry = registry_of(model)
+    registry.saved[name] = adapter_checksum(pairs_of(model).values(), name)
+    return Component(tensors, registry.configs[name], describe_base(model))
