@@ -15,8 +15,20 @@ from rich.table import Table
 
 from slora_diffusers.errors import SerialLoraError, run_script
 from slora_diffusers.heads.classification import SerialLoraForImageClassification
+from slora_diffusers.heads.losses import SINGLE_LABEL
 from slora_diffusers.heads.prompts import SerialLoraForPromptClassification
 from slora_diffusers.recipes.inference import image_files, make_parser, open_model, predictions
+
+SCORES = {
+    SINGLE_LABEL: lambda logits: logits.softmax(0),
+    "multi_label_classification": lambda logits: logits.sigmoid(),
+    "regression": lambda logits: logits,
+}
+"""Problem of a model -> what is shown of its logits (classes,)."""
+
+
+def _shown(entry: dict[str, Any]) -> str:
+    return f"{100 * entry['probability']:.1f} %" if "probability" in entry else f"{entry['value']:.4g}"
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -29,16 +41,18 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         raise SerialLoraError(f"--top must be at least 1; got {options.top}.")
     paths = image_files(options.images)
     model = open_model((SerialLoraForImageClassification, SerialLoraForPromptClassification), options)
+    problem = getattr(model, "problem_type", SINGLE_LABEL)
+    quantity = "value" if problem == "regression" else "probability"
     results, skipped = [], []
     for path, _, logits in predictions(model, paths, options, skipped):
-        best = logits.softmax(0).topk(min(options.top, model.num_labels))
+        best = SCORES[problem](logits).topk(min(options.top, model.num_labels))
         classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        found = [{"label": model.label_names[i], "probability": p} for i, p in classes]
+        found = [{"label": model.label_names[i], quantity: p} for i, p in classes]
         results.append({"file": str(path), "classes": found})
 
     table = Table("image", *(f"{n + 1}." for n in range(min(options.top, model.num_labels))))
     for result in results:
-        cells = [f"{c['label']} {100 * c['probability']:.1f} %" for c in result["classes"]]
+        cells = [f"{c['label']} {_shown(c)}" for c in result["classes"]]
         table.add_row(Path(result["file"]).name, *cells)
     Console().print(table)
     if options.json is not None:

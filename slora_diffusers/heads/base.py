@@ -133,12 +133,14 @@ class SerialLoraWithHead(nn.Module):
         label_names: Sequence[str] | None,
         preprocessing: Preprocessing | None,
         loading: Mapping[str, Any],
+        fewest: int = 2,
     ) -> Any:
         names = tuple(label_names) if label_names is not None else tuple(map(str, range(num_labels or 0)))
-        if len(names) < 2 or (num_labels is not None and len(names) != num_labels) or len(set(names)) != len(names):
+        other = num_labels is not None and len(names) != num_labels
+        if len(names) < fewest or other or len(set(names)) != len(names):
             raise SerialLoraError(
-                f"There must be at least two labels, each of its own name: got num_labels={num_labels} and "
-                f"label_names={label_names}."
+                f"There must be at least {'two labels, each' if fewest == 2 else 'one label,'} of its own name: got "
+                f"num_labels={num_labels} and label_names={label_names}."
             )
         backbone = cls._open(model_or_id, **loading)
         if preprocessing is None:

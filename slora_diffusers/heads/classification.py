@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SerialLoraConfig
 from ..errors import SerialLoraError
 from .backbones import last_features
 from .base import SerialLoraWithHead, dtype_of, probe
+from .losses import PROBLEMS, SINGLE_LABEL, check_problem
 from .preprocessing import Preprocessing
 
 POOLINGS = ("cls", "mean", "both")
@@ -42,6 +42,7 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
         config: SerialLoraConfig | None,
         *,
         pooling: str = "cls",
+        problem_type: str = SINGLE_LABEL,
         label_names: Sequence[str] | None = None,
         preprocessing: Preprocessing | None = None,
         **loading: Any,
@@ -50,9 +51,11 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
 
         Args:
             model_or_id: A headless model of transformers or timm, or the folder or Hub id of one of transformers.
-            num_labels: Number of classes; None if `label_names` are given.
+            num_labels: Number of classes, or of numbers that a regression gives; None if `label_names` are given.
             config: The adapter; None adds none (training the head alone, or another adapter of your own).
             pooling: What the head reads: "cls" token, "mean" of the patches, or "both" side by side.
+            problem_type: As in transformers: "single_label_classification" (cross-entropy),
+                "multi_label_classification" (binary cross-entropy of each label) or "regression" (squared error).
             label_names: Names of the classes; 0, 1, ... by default.
             preprocessing: Size and normalisation of images; by default what the backbone was pretrained with.
             **loading: For the backbone's `from_pretrained`; `dtype` is float32 by default.
@@ -60,15 +63,17 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
         Raises:
             SerialLoraError: If labels or pooling do not fit, or no record covers the backbone.
         """
-        if pooling not in POOLINGS:
-            raise SerialLoraError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}.")
-        settings = {"pooling": pooling}
-        return cls._from_backbone(model_or_id, num_labels, config, settings, label_names, preprocessing, loading)
+        settings = {"pooling": pooling, "problem_type": problem_type}
+        fewest = 2 if problem_type == SINGLE_LABEL else 1
+        return cls._from_backbone(
+            model_or_id, num_labels, config, settings, label_names, preprocessing, loading, fewest
+        )
 
     @classmethod
     def _make_head(
         cls, backbone: nn.Module, classes: int, settings: dict[str, Any], preprocessing: Preprocessing
     ) -> nn.Module:
+        check_problem(settings.get("problem_type", SINGLE_LABEL))
         if settings.get("pooling") not in list(POOLINGS):
             raise SerialLoraError(f"pooling must be one of {', '.join(POOLINGS)}; got {settings.get('pooling')!r}.")
         token, patches = probe(backbone, preprocessing, last_features)
@@ -78,17 +83,26 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
         nn.init.zeros_(head.bias)
         return head
 
+    @property
+    def problem_type(self) -> str:
+        """Which loss; see `from_backbone`."""
+        return self.settings.get("problem_type", SINGLE_LABEL)
+
     def features(self, pixel_values: Tensor) -> Tensor:
         """What the head reads: (B, d), or (B, 2 d) with pooling "both"."""
         token, patches = last_features(self.backbone, pixel_values)  # (B, d), (B, d, h, w)
         return pool(token, patches, self.settings["pooling"])
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
-        """Logits (B, classes), and the cross-entropy if there are labels.
+        """Logits (B, classes), and the loss of the problem if there are labels.
 
         Args:
             pixel_values: (B, 3, H, W), as `preprocessing` gives them.
-            labels: (B,) class indices, or (B, classes) probabilities.
+            labels: (B,) class indices (-100 counts for nothing) or (B, classes) probabilities; for several labels
+                (B, classes) of 0 and 1; for regression (B, numbers).
+
+        Raises:
+            SerialLoraError: If the labels are of another shape, or out of range.
 
         Returns:
             transformers' `ImageClassifierOutput`.
@@ -97,7 +111,7 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
 
         x = self.features(pixel_values)  # (B, d)
         logits = self.head(x.to(dtype_of(self.head)))  # (B, classes)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else PROBLEMS[self.problem_type](logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 

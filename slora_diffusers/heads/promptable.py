@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import SerialLoraConfig
 from ..errors import ArchitectureError
 from .base import SerialLoraWithHead, open_model
+from .losses import check_masks, mask_loss
 from .preprocessing import Preprocessing
 
 
@@ -106,6 +107,7 @@ class SerialLoraForPromptableSegmentation(SerialLoraWithHead):
         prompts = {"input_points": input_points, "input_labels": input_labels, "input_boxes": input_boxes, **more}
         output = self.backbone(pixel_values=pixel_values, multimask_output=False, **prompts)
         if masks is not None:
+            check_masks(masks, *output.pred_masks.shape[:2])
             logits = F.interpolate(output.pred_masks[:, :, 0].float(), masks.shape[-2:], mode="bilinear")
             output["loss"] = mask_loss(logits, masks.to(logits))
         return output
@@ -127,10 +129,3 @@ def _give_twins(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
     for name, first in _twins(module).items():
         if prefix + first in state:
             state.setdefault(prefix + name, state[prefix + first])
-
-
-def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Binary cross-entropy, plus one minus the mean soft Dice of the masks (B, prompts, h, w)."""
-    p = logits.sigmoid()
-    dice = (2 * (p * masks).sum((2, 3)) + 1) / (p.sum((2, 3)) + masks.sum((2, 3)) + 1)  # (B, prompts)
-    return F.binary_cross_entropy_with_logits(logits, masks) + 1 - dice.mean()

@@ -15,12 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SerialLoraConfig
 from ..errors import ArchitectureError, SerialLoraError
 from .base import SerialLoraWithHead, open_model
+from .losses import single_label
 from .preprocessing import Preprocessing
 
 TOWERS = {"both": None, "vision": r"vision_model\..*", "text": r"text_model\..*"}
@@ -124,7 +124,7 @@ class SerialLoraForPromptClassification(SerialLoraWithHead):
         from transformers.modeling_outputs import ImageClassifierOutput
 
         logits = self.backbone(pixel_values=pixel_values, **self.head()).logits_per_image  # (B, classes)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else single_label(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,12 +14,11 @@ from ..config import SerialLoraConfig
 from ..errors import SerialLoraError
 from .backbones import last_features, layer_features
 from .base import SerialLoraWithHead, dtype_of, probe
+from .losses import IGNORE_INDEX, check_pixel_labels, pixel_cross_entropy
 from .preprocessing import Preprocessing
 
 SEGMENTATION_HEADS = ("linear", "convolutional")
 WIDEST = 2048
-IGNORE_INDEX = 255
-"""Label of pixels that count for nothing, as in most segmentation data sets."""
 
 
 class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
@@ -92,6 +90,9 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
             pixel_values: (B, 3, H, W).
             labels: (B, H', W') class indices, at any size; pixels of 255 count for nothing.
 
+        Raises:
+            SerialLoraError: If the labels are of another shape, no whole numbers, or out of range.
+
         Returns:
             transformers' `SemanticSegmenterOutput`.
         """
@@ -106,6 +107,7 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
         logits = F.interpolate(x.float(), pixel_values.shape[-2:], mode="bilinear")  # (B, classes, H, W)
         loss = None
         if labels is not None:
+            check_pixel_labels(labels, len(logits), logits.shape[1])
             same = labels.shape[-2:] == logits.shape[-2:]
             sized = logits if same else F.interpolate(x.float(), labels.shape[-2:], mode="bilinear")
             loss = pixel_cross_entropy(sized, labels)
@@ -152,18 +154,3 @@ class _Norm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-def pixel_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of the pixels that count, each with the weight of its class; 0 where none counts.
-
-    Args:
-        logits: (B, classes, H, W).
-        labels: (B, H, W); 255 counts for nothing.
-        weights: Weight of each class, (classes,).
-    """
-    labels = labels.long()
-    counted = labels != IGNORE_INDEX
-    total = counted.sum() if weights is None else (weights[labels.where(counted, 0)] * counted).sum()
-    loss = F.cross_entropy(logits, labels, weights, ignore_index=IGNORE_INDEX, reduction="sum")
-    return loss / total.clamp_min(torch.finfo(torch.float32).tiny)  # PyTorch's own mean is 0 / 0 there

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...heads.segmentation import IGNORE_INDEX, pixel_cross_entropy
+from ...heads.losses import IGNORE_INDEX, pixel_cross_entropy
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
