@@ -67,7 +67,7 @@ def segmentation(options: argparse.Namespace) -> Task:
     from sklearn.datasets import load_sample_images
 
     images, labels = read_digits(options.data)
-    photographs = [torch.from_numpy(p).permute(2, 0, 1) / 255 for p in load_sample_images().images]
+    photographs = [torch.from_numpy(p.copy()).permute(2, 0, 1) / 255 for p in load_sample_images().images]
     prepare = Preprocessing((options.size, options.size))
 
     def compose(index: int) -> tuple[Tensor, Tensor]:

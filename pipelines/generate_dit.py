@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options = parser.parse_args(argv)
 
     device, dtype = default_device(options.dtype)
-    pipe: Any = DiTPipeline.from_pretrained(options.base, torch_dtype=dtype).to(device)
+    pipe: Any = DiTPipeline.from_pretrained(options.base, dtype=dtype).to(device)
     labels = [int(label) if label.isdigit() else pipe.get_label_ids([label])[0] for label in options.labels]
     labels = [label for label in labels for _ in range(options.images)]
     with adapted(pipe, options), torch.inference_mode():

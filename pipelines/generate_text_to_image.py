@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options = parser.parse_args(argv)
 
     device, dtype = default_device(options.dtype)
-    pipe: Any = DiffusionPipeline.from_pretrained(options.base, torch_dtype=dtype)
+    pipe: Any = DiffusionPipeline.from_pretrained(options.base, dtype=dtype)
     wanted = {"height": options.height, "width": options.width, "max_sequence_length": options.max_sequence_length}
     wanted["negative_prompt"] = [options.negative_prompt] * len(options.prompts) * options.images
     if options.height or options.width:

@@ -126,6 +126,7 @@ def test_lifecycle_times_every_verb_of_both_libraries(lifecycle_results):
     assert results["file_bytes"]["serial"] < results["file_bytes"]["lora"]
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted", "ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("name", ["serial_library", pytest.param("stock_library", marks=pytest.mark.slow)])
 def test_a_life_leaves_the_model_as_it_was(name, tmp_path):
     model = lifecycle.build(2, 1)

@@ -93,7 +93,8 @@ class TestInspect:
         key = "transformer.transformer_blocks.1.attn.serial_lora.hidden_states.lora_{}.weight"
         norm = torch.linalg.norm(1.5 * state[key.format("B")] @ state[key.format("A")]).item()  # alpha 6 at rank 4
         assert part["norms"]["1"]["hidden_states"] == pytest.approx(norm, rel=1e-5)
-        assert Image.open(tmp_path / "s.png").size[0] > 600
+        with Image.open(tmp_path / "s.png") as picture:
+            assert picture.size[0] > 600
 
     def test_the_base_makes_the_lora_equivalent_exact(self, folder):
         part = json.loads(slora("inspect", folder / "a", "--base", folder / "base", "--json"))["components"][

@@ -220,6 +220,7 @@ class TestStockLora:
         assert all(site.key.endswith("feed_forward") for site in report.sites)
         assert 0.1 < report.relative_error < 1
 
+    @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # PEFT is asked for all, the file holds a rest
     def test_what_no_pair_carries_is_named_and_can_be_kept_beside(self, tmp_path):
         targets = ["to_out.0", "ff.net.2", "norm1.linear"]
         tiny = TINY["DiTTransformer2DModel"]

@@ -52,7 +52,8 @@ def bases(tmp_path_factory):
 def subject(tmp_path_factory):
     """Five crops of one photograph, four square and one wide."""
     folder = tmp_path_factory.mktemp("subject")
-    photo = Image.open(cbook.get_sample_data("grace_hopper.jpg")).convert("RGB")
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        photo = Image.open(file).convert("RGB")
     for index, (x, y, side) in enumerate([(80, 20, 360), (100, 40, 300), (60, 60, 380), (120, 20, 330)]):
         photo.crop((x, y, x + side, y + side)).resize((48, 48)).save(folder / f"{index}.png")
     photo.crop((60, 60, 460, 260)).resize((96, 48)).save(folder / "wide.png")
@@ -147,7 +148,7 @@ def test_sd3_reads_the_pipelines_own_embeddings_and_fp32_timesteps(bases, subjec
     calls = capture(train_dreambooth_sd3, monkeypatch)
     train("sd3", bases, subject, tmp_path, max_train_steps=1, mixed_precision="bf16")
     ((noisy,), kwargs) = calls[0]
-    pipe = DiffusionPipeline.from_pretrained(bases / "sd3", torch_dtype=torch.bfloat16)
+    pipe = DiffusionPipeline.from_pretrained(bases / "sd3", dtype=torch.bfloat16)
     with torch.no_grad():
         embeds, _, pooled, _ = pipe.encode_prompt(PROMPT, None, None, max_sequence_length=16)
     torch.testing.assert_close(kwargs["encoder_hidden_states"], embeds.repeat(2, 1, 1))

@@ -180,7 +180,7 @@ def main() -> None:
     print(f"{len(images)} glyphs of {len(FACES[args.faces])} faces", flush=True)
     vae, transformer = build_vae(), build_transformer()
     if args.initial is not None:
-        earlier = DiTPipeline.from_pretrained(args.initial, torch_dtype=torch.float32)
+        earlier = DiTPipeline.from_pretrained(args.initial, dtype=torch.float32)
         vae.load_state_dict(earlier.vae.state_dict())
         transformer.load_state_dict(earlier.transformer.state_dict())
     else:

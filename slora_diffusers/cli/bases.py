@@ -39,7 +39,7 @@ def load_base(base: str, dtype: str = "float32") -> Any:
     if _has(base, "model_index.json"):
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=kind)
+        pipe = DiffusionPipeline.from_pretrained(base, dtype=kind)
         pipe.set_progress_bar_config(disable=True)
         return pipe
     config = _has(base, "config.json")
@@ -76,7 +76,7 @@ def _load_model(base: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Mod
     if "_class_name" in config:
         from diffusers import AutoModel
 
-        return AutoModel.from_pretrained(base, torch_dtype=dtype).eval()
+        return AutoModel.from_pretrained(base, dtype=dtype).eval()
     import transformers
 
     names = config.get("architectures") or ["AutoModel"]

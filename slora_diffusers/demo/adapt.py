@@ -55,7 +55,7 @@ class Quality:
 def load_base() -> DiTPipeline:
     """The built-in base model, in fp32, as a stock pipeline."""
     with quiet(logging):  # a stock model_index.json keeps class ids as text, which it warns of
-        pipe = DiTPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+        pipe = DiTPipeline.from_pretrained(BASE, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.eval()  # so that the label embeddings drop nothing of their own
     return pipe

@@ -58,8 +58,8 @@ def load_pipeline(pipeline_class: Any, transformer_class: Any, options: Pipeline
     extra = {} if quantization is None else {"quantization_config": quantization}
     dtypes = {"vae": torch.float32, "default": dtype}  # half precision overflows in some VAEs
     try:
-        model = transformer_class.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **where, **extra)
-        pipe = pipeline_class.from_pretrained(path, transformer=model, torch_dtype=dtypes, **where)
+        model = transformer_class.from_pretrained(path, subfolder="transformer", dtype=dtype, **where, **extra)
+        pipe = pipeline_class.from_pretrained(path, transformer=model, dtype=dtypes, **where)
     except OSError as error:
         raise SerialLoraError(f"--pretrained_model_name_or_path {path} is not a whole pipeline: {error}") from error
     pipe.set_progress_bar_config(disable=True)
