@@ -1,44 +1,12 @@
 """Draws images of classes with a DiT and any number of Serial LoRA adapters.
 
 python pipelines/generate_dit.py --base facebook/DiT-XL-2-256 --adapter outputs/dit --labels 207 360 --fuse
+
+The code is slora_diffusers/recipes/generate_dit.py.
 """
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import DiTPipeline
-
-import slora_diffusers  # noqa: F401  gives every pipeline its load_serial_lora
 from slora_diffusers.errors import run_script
-from slora_diffusers.recipes.generation import adapted, add_adapter_options, default_device, save_grid
-from slora_diffusers.training.diffusion.validation import sample_generators
-
-
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Draw, and give the picture's path."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labels", nargs="+", required=True, help="Class ids, or labels that the checkpoint knows.")
-    add_adapter_options(parser, guidance_scale=4.0, output="outputs/dit.png")
-    options = parser.parse_args(argv)
-
-    device, dtype = default_device(options.dtype)
-    pipe: Any = DiTPipeline.from_pretrained(options.base, dtype=dtype).to(device)
-    labels = [int(label) if label.isdigit() else pipe.get_label_ids([label])[0] for label in options.labels]
-    labels = [label for label in labels for _ in range(options.images)]
-    with adapted(pipe, options), torch.inference_mode():
-        images = pipe(
-            labels,
-            guidance_scale=options.guidance_scale,
-            num_inference_steps=options.steps,
-            generator=sample_generators(options.seed, len(labels)),
-        ).images
-    return save_grid(images, options)
-
+from slora_diffusers.recipes.generate_dit import main
 
 if __name__ == "__main__":
     run_script(main)

@@ -40,7 +40,8 @@ def test_python_compiles_and_uses_names_that_exist(code):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if ".py " in c])
 def test_scripts_and_their_flags_exist(command):
     script = next(word for word in command.split() if word.endswith(".py"))
-    sources = [ROOT / script, *(ROOT / "slora_diffusers" / "training").glob("*.py")]
+    folders = ("training", "training/diffusion", "recipes")
+    sources = [ROOT / script, *(path for name in folders for path in (ROOT / "slora_diffusers" / name).glob("*.py"))]
     text = "\n".join(path.read_text() for path in sources)
     for flag in re.findall(r"--(\w+)", command):
         assert flag == "help" or re.search(rf"\b{flag}\b", text), flag

@@ -19,6 +19,7 @@ from ..files.save import save_serial_lora
 from .bases import base_name, dtype_of, is_model, load_base, load_with_adapters
 from .console import ERR, NOT_VERIFIED, OUT, Debug, Json, PlainErrors, show, track
 from .describe import inspect_adapter, inspect_model, tables
+from .train import COMMANDS
 from .verify import verify as verify_adapter
 
 app = typer.Typer(
@@ -41,9 +42,13 @@ Weight = Annotated[list[float] | None, typer.Option("--weight", "-w", help="Weig
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 
 
-def _command(examples: str) -> Any:
-    lines = "".join(f"    {line.strip()}\n" for line in examples.strip().splitlines())
-    return app.command(epilog=f"**Examples**\n\n{lines}")
+def _command(examples: str, **settings: Any) -> Any:
+    lines = "\n\n".join(f"- {line.strip()}" for line in examples.strip().splitlines())  # typer joins other lines
+    return app.command(epilog=f"**Examples**\n\n{lines}", **settings)
+
+
+for _handed_on, (_examples, _settings) in COMMANDS.items():
+    _command(_examples, context_settings=_settings)(_handed_on)
 
 
 @_command("""slora demo

@@ -53,9 +53,12 @@ def size_conditions(transformer: Any, batch: Batch, like: Tensor) -> dict[str, T
     }
 
 
+Options = TextToImageOptions
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, and return the path of what was trained."""
-    options = parse(TextToImageOptions, __doc__, argv)
+    options = parse(Options, __doc__, argv)
     items, unseen = find_instances(options)
     check_sites(PixArtTransformer2DModel, options)
     index: Any = DiffusionPipeline.load_config(options.pretrained_model_name_or_path, revision=options.revision)
