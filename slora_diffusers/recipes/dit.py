@@ -70,6 +70,7 @@ def find_items(options: Options) -> tuple[list[Item], list[Item]]:
         others, their_labels = glyph_images(style, HELD_OUT_LETTERS)
         unseen = from_tensors(others, their_labels.tolist(), name="held-out letter")
         return from_tensors(images, labels.tolist(), name="letter"), unseen
+    assert options.train_data_dir is not None
     names: Any = DiTPipeline.load_config(options.pretrained_model_name_or_path, revision=options.revision)
     ids = {label.strip(): int(i) for i, value in names.get("id2label", {}).items() for label in value.split(",")}
 

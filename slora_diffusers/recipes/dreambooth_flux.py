@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     pipe = load_pipeline(FluxPipeline, FluxTransformer2DModel, options, place.weight_dtype).to(place.device)
     length = options.max_sequence_length or T5_LENGTH
-    size = {"patch": PATCH, "side": pipe.default_sample_size * vae_factor(pipe.vae)}
-    call = {"max_sequence_length": length}
+    size: dict[str, Any] = {"patch": PATCH, "side": pipe.default_sample_size * vae_factor(pipe.vae)}
+    call: dict[str, Any] = {"max_sequence_length": length}
     subject = Subject(
         place, options, pipe, items, unseen, lambda text: encode_text(pipe, text, length), length, **size, **call
     )

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     pipe = load_pipeline(PIPELINES[name], PixArtTransformer2DModel, options, place.weight_dtype).to(place.device)
     length = options.max_sequence_length or T5_LENGTHS[name]
-    call = {"use_resolution_binning": False}  # the sizes are chosen here
+    call: dict[str, Any] = {"use_resolution_binning": False}  # the sizes are chosen here
     subject = Subject(place, options, pipe, items, unseen, lambda text: encode_text(pipe, text, length), length, **call)
     texts = subject.texts
     free(pipe, ["text_encoder"])

@@ -51,13 +51,13 @@ SCHEDULERS = {
 }
 
 
-def tiny_vae(latent_channels: int = 4, seed: int = 0, **config) -> AutoencoderKL:
-    """A two-level AutoencoderKL: 32 x 32 pixels to 16 x 16 latents."""
+def tiny_vae(latent_channels: int = 4, seed: int = 0, levels: int = 2, **config) -> AutoencoderKL:
+    """An AutoencoderKL: with two levels 32 x 32 pixels to 16 x 16 latents."""
     with _seeded(seed):
         vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, *(16,) * (levels - 1)),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
             latent_channels=latent_channels,
             norm_num_groups=4,
             sample_size=32,

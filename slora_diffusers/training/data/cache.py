@@ -177,20 +177,31 @@ def encode_moments(vae: nn.Module, pixels: Tensor) -> Tensor:
     """Mean and log-variance of the latents of pixels (B, 3, H, W): (B, 2 C, h, w)."""
     parameter = next(vae.parameters())
     encode: Any = vae.encode
-    encoded = encode(pixels.to(parameter.device, parameter.dtype))
+    pixels = pixels.to(parameter.device, parameter.dtype)
+    of_videos = hasattr(vae.config, "temperal_downsample")  # (diffusers' spelling) an image is a video of one frame
+    encoded = encode(pixels[:, :, None] if of_videos else pixels)
     if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.parameters.float()
-    latents = encoded.latents.float()  # AutoencoderTiny gives a point: a variance of practically zero
+        moments = encoded.latent_dist.parameters.float()
+        return moments[:, :, 0] if of_videos else moments
+    # The tiny and the deep compression autoencoder give a point: a variance of practically zero.
+    latents = (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
     return torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
 
 
 def sample_latents(moments: Tensor, vae_config: Mapping[str, Any], draws: Sequence[torch.Generator]) -> Tensor:
-    """z_0 = (z - shift_factor) scaling_factor with z ~ N(mean, variance), from moments (B, 2 C, h, w)."""
+    """z_0 = (z - shift_factor) scaling_factor with z ~ N(mean, variance), from moments (B, 2 C, h, w).
+
+    A VAE of videos has a mean and a deviation for each channel instead.
+    """
     mean, log_variance = moments.chunk(2, dim=1)
     z = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * randn(draws, mean)
+    if (shift := vae_config.get("latents_mean")) is not None and vae_config.get("latents_std") is not None:
+        shift, scale = (torch.tensor(values).to(z).view(-1, 1, 1) for values in (shift, vae_config["latents_std"]))
+        return (z - shift) / scale
     return (z - (vae_config.get("shift_factor") or 0.0)) * vae_config.get("scaling_factor", 1.0)
 
 
 def vae_factor(vae: Any) -> int:
     """Pixels per latent, along a side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    known = getattr(vae, "spatial_compression_ratio", None)
+    return known or 2 ** (len(vae.config.block_out_channels) - 1)

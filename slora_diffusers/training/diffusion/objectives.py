@@ -82,7 +82,11 @@ class Objective:
         noise = batch.noise(x0)
         times = self.process.sample_times(batch.draws("times")) if times is None else times
         xt, timesteps = self.process.add_noise(x0, noise, times), self.process.timesteps(times).to(x0.device)
-        mask = None if batch.masks is None else F.adaptive_avg_pool2d(batch.masks.to(x0.device), x0.shape[-2:])
+        mask = (
+            None
+            if batch.masks is None
+            else F.adaptive_avg_pool2d(batch.masks.to(x0.device), (x0.shape[-2], x0.shape[-1]))
+        )
         return Noised(batch, x0, noise, xt, times.to(x0.device), timesteps, mask)
 
     def losses(self, model: Model, noised: Noised) -> Tensor:

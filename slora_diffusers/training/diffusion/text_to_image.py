@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import free_memory
 from PIL import Image
+from torch import Tensor
 
 from ...errors import SerialLoraError
 from ..data.batches import Batch
@@ -111,7 +112,14 @@ class Texts:
     def __call__(self, texts: Sequence[str]) -> Tensors:
         """The embeddings of texts, stacked, on the run's device."""
         entries = [self._cache[self._keys[text]] for text in texts]
-        return {name: torch.stack([entry[name] for entry in entries]).to(self._place.device) for name in entries[0]}
+        return {name: _stacked([entry[name] for entry in entries]).to(self._place.device) for name in entries[0]}
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors as one, with zeros behind those of fewer tokens: a recipe whose texts differ in length has a mask."""
+    longest = max(len(tensor) for tensor in tensors) if tensors[0].ndim else 0
+    padded = [torch.cat([t, t.new_zeros(longest - len(t), *t.shape[1:])]) if len(t) < longest else t for t in tensors]
+    return torch.stack(padded)
 
 
 def captions_of(batch: Batch, empty: float) -> list[str]:
@@ -137,16 +145,17 @@ class Subject:
         length: Tokens of the T5 encoder.
         patch: Latents per token along a side; the transformer's own by default.
         side: Side of images in pixels, if --resolution is not given; the transformer's own by default.
+        guidance: What the pipeline's call names its guidance scale.
         settings: Further arguments of the pipeline's call.
     """
 
     def __init__(
         self, place: Place, options: TextToImageOptions, pipe: Any, items: list[Item], unseen: list[Item],
         encode: Callable[[str], Tensors], length: int, patch: int | None = None, side: int | None = None,
-        **settings: Any,
+        guidance: str = "guidance_scale", **settings: Any,
     ) -> None:  # fmt: skip
         config, factor = pipe.transformer.config, vae_factor(pipe.vae)
-        self._place, self._options, self._pipe = place, options, pipe
+        self._place, self._options, self._pipe, self._guidance = place, options, pipe, guidance
         self._unseen = evenly_spread(unseen, options.validation_loss_images)
         token = (patch or config.patch_size) * factor  # pixels
         concepts = concepts_of(options)
@@ -180,15 +189,16 @@ class Subject:
         """Validation images, from the embeddings that `condition` gives for prompts."""
         options, count = self._options, self._options.num_validation_images
         positive, negative = condition([self.prompt] * count), condition([""] * count)
-        return self._pipe(
+        drawn = self._pipe(
             **positive,
             **{f"negative_{name}": tensor for name, tensor in negative.items()},
             negative_prompt=None,  # PixArt's is "" by default, and goes with prompts only
             num_inference_steps=options.validation_inference_steps,
-            guidance_scale=options.validation_guidance_scale,
             generator=sample_generators(options.seed, count),
+            **{self._guidance: options.validation_guidance_scale},
             **self._settings,
-        ).images
+        )
+        return _pictures(drawn)
 
     @staticmethod
     def _square(side: int, shapes: Sequence[Shape]) -> Shape:
@@ -198,13 +208,16 @@ class Subject:
     def _class_images(self, concept: TextToImageOptions, height: int, width: int) -> list[Item]:
         options, prompt = self._options, concept.class_prompt
         assert concept.class_data_dir is not None and prompt is not None
-        chosen = {"num_inference_steps": options.class_inference_steps, "guidance_scale": options.class_guidance_scale}
+        chosen = {
+            "num_inference_steps": options.class_inference_steps,
+            self._guidance: options.class_guidance_scale,
+        }
         chosen = {name: value for name, value in chosen.items() if value is not None}
         settings = {"height": height, "width": width, **self._call, **chosen}
 
         def draw(count: int, draws: list[torch.Generator]) -> list[Image.Image]:
             with self._place.autocast():  # the VAE is fp32
-                return self._pipe([prompt] * count, generator=draws, **settings).images
+                return _pictures(self._pipe([prompt] * count, generator=draws, **settings))
 
         made_by = key_of("class image", prompt, self._drawn_by, settings)
         wanted = ClassImages(Path(concept.class_data_dir), prompt, concept.num_class_images, made_by)
@@ -213,6 +226,11 @@ class Subject:
     @cached_property
     def _drawn_by(self) -> str:
         return pipeline_key(self._pipe)
+
+
+def _pictures(output: Any) -> list[Image.Image]:
+    """The images of a pipeline's output; of videos the first frames."""
+    return output.images if hasattr(output, "images") else [frames[0] for frames in output.frames]
 
 
 def free(pipe: Any, names: Iterable[str]) -> None:
