@@ -60,7 +60,7 @@ $(VENV)/.torch .venv-demo/.torch: constraints.txt
 # timm and xformers would pull in torchvision and CUDA builds; the tests need neither. timm without torchvision stays in a
 # folder of its own, where only tests/tiny/vision.py looks: the `accelerate` command imports every timm that it finds.
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(VENV)/$(INSTALL) -c constraints.txt -e '.[test]'
+	$(VENV)/$(INSTALL) -c constraints.txt -e '.[test,ray]'
 	$(VENV)/$(INSTALL) -c constraints.txt --no-deps xformers
 	$(VENV)/$(INSTALL) -c constraints.txt --no-deps --upgrade --target $(VENV)/timm timm
 	touch $@

@@ -31,6 +31,7 @@ FLOORS = (
     ("verbs",),
     ("__init__",),
     ("training",),
+    ("serving",),
     ("demo",),
     ("recipes",),
     ("cli",),
