@@ -35,6 +35,7 @@ FLOORS = (
     ("demo",),
     ("recipes",),
     ("cli",),
+    ("serving.serve_app",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 

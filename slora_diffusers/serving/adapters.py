@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SerialLoraError
-from ..files.format import WEIGHT_NAME, AdapterTensors, find_file, read_adapter
+from ..files.format import AdapterFile
+from ..files.storage import WEIGHT_NAME, find_file
 from .errors import NoRoom, RequestError, UnknownAdapter
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 _TRUSTED = 2.0
 """Seconds after which a file's time stamps tell whether it changed: a second write within a clock's tick keeps them."""
+_LONGEST_HEADER = 1 << 24
 _HUB_SECONDS = 300.0
 """Seconds until the Hub is asked again for the file of a revision."""
 
@@ -173,7 +175,7 @@ class Adapters:
             stamp = Stamp.of(path)  # before the read: a later change then shows
             before, digest = self._known.get(name, (None, ""))
             if before != stamp or not stamp.trusted or digest not in self._held:
-                if stamp.values[2] > self.limit:
+                if path.stat().st_size > self.limit + _LONGEST_HEADER:  # before it is read
                     raise NoRoom(f"The adapter {name!r} is larger than the memory limit of {self.limit:,} bytes.")
                 content = path.read_bytes()
                 digest = hashlib.sha256(content).hexdigest()
@@ -188,14 +190,14 @@ class Adapters:
             return self._held[digest]
 
     def _load(self, name: str, digest: str, content: bytes, in_use: Collection[str]) -> None:
-        tensors = _read(name, content)
-        size = sum(tensor.nbytes for key, tensor in tensors.items() if not key.startswith("head."))
+        file = _read(name, content)
+        size = sum(tensor.nbytes for part in file.components.values() for tensor in part.tensors.values())
         self._make_room(name, size, in_use)
         slot = f"served_{digest[:24]}"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                self.pipe.load_serial_lora(tensors, slot)
+                self.pipe.load_serial_lora(file, slot)
             except SerialLoraError as error:
                 raise RequestError(f"The adapter {name!r} cannot be used: {error}") from error
         self.pipe.set_serial_lora([])  # a request that names no adapter gets the base
@@ -229,7 +231,7 @@ class Adapters:
             self.drops += 1
 
 
-def _read(name: str, content: bytes) -> AdapterTensors:
+def _read(name: str, content: bytes) -> AdapterFile:
     """The adapter in a file's bytes. They are read from a copy: the file itself may be replaced or cut meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / WEIGHT_NAME
@@ -237,7 +239,7 @@ def _read(name: str, content: bytes) -> AdapterTensors:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # fields of the header that a newer version wrote
-                return read_adapter(copy)
+                return AdapterFile.read(copy)
         except SerialLoraError as error:
             raise RequestError(
                 f"The adapter {name!r} is damaged: {str(error).replace(str(copy), 'its file')}"

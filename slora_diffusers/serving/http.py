@@ -43,10 +43,7 @@ def create_app(batcher: Batcher, api_key: str | None = None) -> FastAPI:
         await asyncio.to_thread(batcher.close)
 
     async def authorise(request: HttpRequest) -> None:
-        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        given = request.headers.get("x-api-key", bearer)
-        if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
-            raise Unauthorised("Send the server's API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.")
+        check_key(request, api_key)
 
     app = FastAPI(title="slora serve", description="Images with adapters of every request's own.", lifespan=lifespan)
     app.add_middleware(BodyLimit)
@@ -116,6 +113,14 @@ def create_app(batcher: Batcher, api_key: str | None = None) -> FastAPI:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def check_key(request: HttpRequest, api_key: str | None) -> None:
+    """Raise Unauthorised unless a request carries the key, or none is asked for."""
+    bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+    given = request.headers.get("x-api-key", bearer)
+    if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
+        raise Unauthorised("Send the server's API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.")
 
 
 class BodyLimit:
