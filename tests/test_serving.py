@@ -73,20 +73,20 @@ def test_an_image_of_a_mixed_batch_is_the_one_that_the_stock_pipeline_gives_alon
     assert batcher.studio.mixes_guidance == (name != "Flux")  # Flux embeds one scale for all
     scales = (3.0, 2.0, 4.5) if batcher.studio.mixes_guidance else (3.0,) * 3
     subjects = [{"class": i} for i in range(3)] if name == "DiT" else [{"prompt": p, "size": 32} for p in PROMPTS]
-    names = ("a0", "a1", None)
+    chosen = ({"a0": 1.0, "a1": -0.4}, {"a1": 0.7}, {})
     bodies = [
-        {**subject, "seed": i, "steps": 3, "guidance": g, "adapters": {a: 1.0} if a else {}}
-        for i, (subject, g, a) in enumerate(zip(subjects, scales, names, strict=True))
+        {**subject, "seed": i, "steps": 3, "guidance": g, "adapters": adapters}
+        for i, (subject, g, adapters) in enumerate(zip(subjects, scales, chosen, strict=True))
     ]
     jobs = [submitted(batcher, **{"class": None, **body}) for body in bodies]
     with started(batcher):
         together = results(jobs)
         alone = [drawn(batcher, **body) for body in bodies]
     assert [done.batch for done in together] == [3, 3, 3]
-    for job, done, latents, adapter in zip(jobs, together, alone, names, strict=True):
+    for job, done, latents, adapters in zip(jobs, together, alone, chosen, strict=True):
         scale = max(1.0, latents.abs().max().item())  # an untrained PixArt's latents reach some hundreds
         assert torch.allclose(done.picture.latents, latents, atol=1e-4 * scale)
-        stock.set_serial_lora([adapter] if adapter else [])
+        stock.set_serial_lora(list(adapters), list(adapters.values()))
         wanted = stock_image(stock, job.request)
         assert np.abs(wanted - np.asarray(done.picture.image, dtype=float)).max() <= 1
     distinct = [done.picture.latents for done in together]

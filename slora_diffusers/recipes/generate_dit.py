@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from diffusers import DiTPipeline
+from PIL import Image
 
 from ..training.diffusion.validation import sample_generators
-from .generation import adapted, add_adapter_options, default_device, save_grid
+from .generation import adapted, add_adapter_options, default_device, drawn_together, save_grid
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -28,11 +29,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
     pipe: Any = DiTPipeline.from_pretrained(options.base, dtype=dtype).to(device)
     labels = [int(label) if label.isdigit() else pipe.get_label_ids([label])[0] for label in options.labels]
     labels = [label for label in labels for _ in range(options.images)]
-    with adapted(pipe, options), torch.inference_mode():
-        images = pipe(
-            labels,
+    noise = sample_generators(options.seed, len(labels))
+
+    def draw(share: list[int]) -> list[Image.Image]:
+        return pipe(
+            [labels[i] for i in share],
             guidance_scale=options.guidance_scale,
             num_inference_steps=options.steps,
-            generator=sample_generators(options.seed, len(labels)),
+            generator=[noise[i] for i in share],
         ).images
+
+    with adapted(pipe, options), torch.inference_mode():
+        images = drawn_together(len(labels), draw)
     return save_grid(images, options)

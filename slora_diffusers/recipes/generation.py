@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 
 from ..errors import SerialLoraError
@@ -33,8 +35,23 @@ def add_adapter_options(parser: argparse.ArgumentParser, guidance_scale: float, 
 
 
 def default_device(dtype: str) -> tuple[torch.device, torch.dtype]:
-    """The accelerator if there is one, and the dtype called `dtype`."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[dtype]
+    """This process's accelerator if there is one, and the dtype called `dtype`."""
+    device = f"cuda:{PartialState().local_process_index}" if torch.cuda.is_available() else "cpu"
+    return torch.device(device), DTYPES[dtype]
+
+
+def drawn_together(count: int, draw: Callable[[list[int]], Sequence[Image.Image]]) -> list[Image.Image]:
+    """All images, of which each process of `accelerate launch` draws its share.
+
+    Args:
+        count: Number of images.
+        draw: From the numbers of some images to these images; an image must not depend on the others beside it.
+    """
+    state = PartialState()
+    mine = list(range(count))[state.process_index :: state.num_processes]
+    images = dict(zip(mine, draw(mine) if mine else [], strict=True))
+    everywhere = {number: image for part in gather_object([images]) for number, image in part.items()}
+    return [everywhere[number] for number in range(count)]
 
 
 @contextmanager
@@ -61,9 +78,10 @@ def adapted(pipe: Any, options: argparse.Namespace) -> Iterator[None]:
 
 
 def save_grid(images: Sequence[Image.Image], options: argparse.Namespace) -> Path:
-    """Write the images as one picture, `--images` to a column."""
+    """Write the images as one picture, `--images` to a column; the main process does."""
     path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, options.images if options.images > 1 else len(images)).save(path)
-    print(f"wrote {path}")
+    if PartialState().is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(images, options.images if options.images > 1 else len(images)).save(path)
+        print(f"wrote {path}")
     return path

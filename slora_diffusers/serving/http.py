@@ -148,10 +148,10 @@ class BodyLimit:
         await self.app(scope, counted if scope["type"] == "http" else receive, send)
 
 
-def encode_png(job: Job, done: Done) -> bytes:
-    """The image as PNG, with the request in its text."""
+def encode_png(job: Job, done: Done, **more: Any) -> bytes:
+    """The image as PNG, with the request, and what else there is to say, as JSON in its text `slora`."""
     info, buffer = PngInfo(), io.BytesIO()
-    info.add_text("slora", json.dumps(job.request.described()))
+    info.add_text("slora", json.dumps(job.request.described() | more))
     done.picture.image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 

@@ -79,6 +79,7 @@ class Request:
             "seed": self.seed,
             "steps": self.steps,
             "guidance": self.guidance,
+            "size": None if self.size is None else list(self.size),
             "adapters": dict(self.adapters),
         }
 

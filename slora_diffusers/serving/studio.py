@@ -220,7 +220,7 @@ class Studio:
     def _adapted(self, entries: Sequence[Entry]) -> AbstractContextManager[None]:
         if not any(entries):
             return nullcontext()
-        return self.pipe.serial_lora_batch([_named(entry) for entry in entries])
+        return self.pipe.serial_lora_batch([dict(entry) if entry else None for entry in entries])
 
     @contextmanager
     def _noise(self, requests: Sequence[Request]) -> Iterator[None]:
@@ -304,10 +304,3 @@ def _watched(scheduler: Any, on_step: Callable[[int, int], None] | None) -> Iter
         yield seen
     finally:
         del scheduler.step
-
-
-def _named(entry: Entry) -> str | dict[str, float] | None:
-    """What `serial_lora_batch` takes for a sample; one adapter at weight 1 is its name."""
-    if not entry:
-        return None
-    return next(iter(entry)) if list(entry.values()) == [1.0] else dict(entry)
