@@ -14,12 +14,15 @@ import requests
 import torch
 import uvicorn
 from diffusers import DiTPipeline
+from safetensors.torch import load_file
 from torch import Tensor
 
 import slora_diffusers as sl
-from slora_diffusers.serving.batcher import Batcher
+from slora_diffusers.serving.adapters import Adapters, Catalogue
+from slora_diffusers.serving.batcher import Batcher, Policy
 from slora_diffusers.serving.http import create_app
 from slora_diffusers.serving.requests import Body
+from slora_diffusers.serving.studio import Studio
 from tests.adapters import add_random_adapter
 from tests.tiny.pipelines import tiny_dit_pipeline
 
@@ -44,10 +47,39 @@ def write_adapter(pipe: Any, folder: Path, seed: int, std: float = 0.3, **config
     return path
 
 
+def three_adapters(folder: Path) -> Path:
+    """Write a0, a1 and a2, of different ranks, for the tiny DiT."""
+    for i in range(3):
+        write_adapter(tiny_base(), folder / f"a{i}", seed=i, rank=2 + i)
+    return folder
+
+
 def drawn(batcher: Batcher, **body: Any) -> Tensor:
     """The latents of one request that goes through the queue."""
     job = batcher.submit(batcher.studio.request(Body.model_validate(body)))
     return job.future.result(timeout=60).picture.latents
+
+
+def new_batcher(folder, memory=1 << 30, pipe=None, **policy):
+    pipe = pipe or tiny_base()
+    studio = Studio(pipe)
+    studio.rehearse()
+    return Batcher(studio, Adapters(pipe, Catalogue(folder), memory), Policy(**{"wait": 0.2, **policy}))
+
+
+def submitted(batcher, **body):
+    """A job in the queue."""
+    return batcher.submit(batcher.studio.request(Body.model_validate({"class": 0, "steps": 3, **body})))
+
+
+def nbytes(folder):
+    """Bytes of an adapter's tensors."""
+    return sum(tensor.nbytes for tensor in load_file(folder / "serial_lora_weights.safetensors").values())
+
+
+def results(jobs):
+    """What jobs gave."""
+    return [job.future.result(timeout=60) for job in jobs]
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def draw_requests(
     """
     bodies = [_body(file, number, line, defaults) for number, line in _lines(file)]
     batcher = make_batcher(pipe, adapters, policy=Policy(batch, 0.0, len(bodies) + 1, 1e9))
-    wanted = {number: batcher.studio.request(body) for number, body in bodies}
+    wanted = {number: _request(batcher, file, number, body) for number, body in bodies}
     output.mkdir(parents=True, exist_ok=True)
     state = PartialState()
     # Requests of one schedule side by side, so that batches are full; dealt out evenly.
@@ -134,6 +134,13 @@ def _body(file: Path, number: int, line: str, defaults: dict[str, Any]) -> tuple
     except (ValueError, RecursionError) as error:
         reason = str(error)
     raise SerialLoraError(f"Line {number} of {file}: {reason}")
+
+
+def _request(batcher: Batcher, file: Path, number: int, body: Body) -> Request:
+    try:
+        return batcher.studio.request(body)
+    except SerialLoraError as error:
+        raise SerialLoraError(f"Line {number} of {file}: {error}") from error
 
 
 def _is_drawn(path: Path, what: dict[str, Any]) -> bool:

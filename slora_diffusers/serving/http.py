@@ -22,6 +22,7 @@ from ..errors import SerialLoraError
 from .batcher import Batcher
 from .errors import RequestError, Unauthorised, status_of
 from .jobs import Done, Job
+from .metrics import Metrics
 from .requests import Body, sentence
 
 KEY_VARIABLE = "SLORA_API_KEY"
@@ -49,20 +50,6 @@ def create_app(batcher: Batcher, api_key: str | None = None) -> FastAPI:
     app.add_middleware(BodyLimit)
     guarded = [Depends(authorise)]
     metrics = batcher.metrics
-
-    @app.exception_handler(SerialLoraError)
-    async def refuse(request: HttpRequest, error: Exception) -> Response:
-        if request.url.path == "/generate" and not hasattr(request.state, "job"):
-            metrics.requests.labels(str(status_of(error))).inc()
-        return _refusal(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_body(request: HttpRequest, error: RequestValidationError) -> Response:
-        return await refuse(request, RequestError(sentence(list(error.errors()))))
-
-    @app.exception_handler(HTTPException)
-    async def refuse_route(request: HttpRequest, error: HTTPException) -> Response:
-        return JSONResponse({"detail": str(error.detail)}, error.status_code, error.headers)
 
     @app.post("/generate", dependencies=guarded)
     async def generate(body: Body, http: HttpRequest) -> Response:
@@ -94,6 +81,32 @@ def create_app(batcher: Batcher, api_key: str | None = None) -> FastAPI:
         batcher.cancel(name)
         return {"cancelled": name}
 
+    _refuse(app, metrics)
+    _tell(app, batcher, guarded)
+    return app
+
+
+def _refuse(app: FastAPI, metrics: Metrics) -> None:
+    """Answer errors with their status and one sentence."""
+
+    @app.exception_handler(SerialLoraError)
+    async def refuse(request: HttpRequest, error: Exception) -> Response:
+        if request.url.path == "/generate" and not hasattr(request.state, "job"):
+            metrics.requests.labels(str(status_of(error))).inc()
+        return _refusal(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request: HttpRequest, error: RequestValidationError) -> Response:
+        return await refuse(request, RequestError(sentence(list(error.errors()))))
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(request: HttpRequest, error: HTTPException) -> Response:
+        return JSONResponse({"detail": str(error.detail)}, error.status_code, error.headers)
+
+
+def _tell(app: FastAPI, batcher: Batcher, guarded: list[Any]) -> None:
+    """Add the routes that tell what the server has and does."""
+
     @app.get("/adapters", dependencies=guarded)
     async def adapters() -> dict[str, Any]:
         """The adapters that a request may name, and which of them are loaded."""
@@ -110,9 +123,7 @@ def create_app(batcher: Batcher, api_key: str | None = None) -> FastAPI:
     @app.get("/metrics", dependencies=guarded)
     async def prometheus() -> Response:
         """Counters and gauges for Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
-
-    return app
+        return Response(batcher.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def check_key(request: HttpRequest, api_key: str | None) -> None:

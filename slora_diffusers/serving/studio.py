@@ -290,6 +290,7 @@ def _watched(scheduler: Any, on_step: Callable[[int, int], None] | None) -> Iter
     Every pipeline steps its scheduler once per step; callbacks for it only some pipelines have.
     """
     step, seen = scheduler.step, {}
+    own = vars(scheduler).get("step")  # somebody else's wrapper
 
     @functools.wraps(step)  # pipelines look at its signature
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -304,3 +305,5 @@ def _watched(scheduler: Any, on_step: Callable[[int, int], None] | None) -> Iter
         yield seen
     finally:
         del scheduler.step
+        if own is not None:
+            scheduler.step = own
