@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from . import audio, image, text, video, vision
+from . import audio, controlnet, image, text, video, vision
 from .base import Architecture
 
 RECORDS: tuple[Architecture, ...] = (
     *image.RECORDS,
+    *controlnet.RECORDS,
     *video.RECORDS,
     *audio.RECORDS,
     *vision.RECORDS,
