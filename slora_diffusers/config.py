@@ -11,11 +11,13 @@ from typing import Any
 from .core.pair import check_init
 from .core.patterns import check_patterns, matches
 from .errors import SerialLoraError
+from .peft_names import answers_peft_names, further_pairs, settings_of_peft
 
 LARGEST_RANK = 2**16
 MOST_ENTRIES = 4096
 
 
+@answers_peft_names
 @dataclass(frozen=True)
 class SerialLoraConfig:
     """Settings of one Serial LoRA adapter: `x~ = (I + s B A) x` with `s = alpha / r`.
@@ -101,6 +103,30 @@ class SerialLoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values; `from_dict` reads them back."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_peft(cls, config: Any, inputs: Sequence[str] | None = None) -> SerialLoraConfig:
+        """The settings of a LoraConfig of PEFT: rank, alpha, dropout, rslora, layers.
+
+        Its target_modules are Linears; a pair sits on what an attention reads, before q, k and v together. So they are
+        not translated, but where they name more than that a warning says which `inputs` reach it.
+
+        Args:
+            config: A `peft.LoraConfig`, or the JSON of an adapter_config.json.
+            inputs: As for the config itself; None takes what the architecture's record names.
+
+        Raises:
+            SerialLoraError: If it is the config of another method.
+        """
+        settings = settings_of_peft(config)
+        targets = config.get("target_modules") if isinstance(config, Mapping) else config.target_modules
+        if inputs is None and (further := further_pairs(targets)):
+            warnings.warn(
+                f"target_modules={targets!r} reaches more than the attentions' inputs. To adapt that too, pass inputs= "
+                f"with {' and '.join(map(repr, further))} beside 'hidden_states'.",
+                stacklevel=2,
+            )
+        return cls(**settings, inputs=inputs)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SerialLoraConfig:

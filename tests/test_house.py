@@ -22,6 +22,7 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 FLOORS = (
     ("errors",),
     ("core.pair", "core.patterns", "core.tensors", "core.calls", "records"),
+    ("peft_names",),
     ("config",),
     ("core",),
     ("adapters",),
