@@ -96,6 +96,11 @@ def write_results(name: str, results: Mapping[str, Any], folder: Path = RESULTS)
     return path
 
 
+def read_results(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """What `write_results` wrote under a name."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def _rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items()}

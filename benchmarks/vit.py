@@ -35,7 +35,7 @@ from slora_diffusers.training.methods import PeftLora
 from slora_diffusers.training.optim import parameter_groups
 from slora_diffusers.training.precision import trainable
 from slora_diffusers.training.randomness import generator
-from slora_diffusers.training.start import start_from_gradient, warm_head
+from slora_diffusers.training.start import start_from_gradient, warm_heads
 
 RATES = (1e-3, 3e-3, 6e-3, 1e-2)
 HEAD_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -145,8 +145,8 @@ def train(model: Any, split: Split, method: Method, rate: float, seed: int, opti
     if method.init == "gradient":
         first = list(islice(batches(split, options.batch_size, seed), START_BATCHES))
         losses = [partial(lambda images, labels: model(images, labels=labels).loss, *batch) for batch in first]
-        with warm_head(model, model.head, losses):
-            start_from_gradient(model, lambda: [loss().backward() for loss in losses])
+        with warm_heads([model], [model.head], losses):
+            start_from_gradient({"model": model}, lambda: [loss().backward() for loss in losses])
     head_rate, warmup = rate if method.kind == "head" else HEAD_RATE, round(options.warmup * options.steps)
     step = stepper(model, rate, head_rate, warmup, options.steps, method.plus)
     for _, (images, labels) in zip(range(options.steps), batches(split, options.batch_size, seed), strict=False):

@@ -85,7 +85,7 @@ def test_whatever_backward_raises_the_model_is_as_before_and_a_retry_is_a_first_
 
 def test_a_start_that_cannot_be_written_leaves_the_others_as_they_were(monkeypatch):
     model = adapted()
-    before, write, written = state_of(model), initialise._write, []
+    before, write, written = state_of(model), initialise.put, []
 
     def failing(parameter, value):
         write(parameter, value)
@@ -94,7 +94,7 @@ def test_a_start_that_cannot_be_written_leaves_the_others_as_they_were(monkeypat
             if len(written) == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(initialise, "_write", failing)
+    monkeypatch.setattr(initialise, "put", failing)
     with pytest.raises(KeyboardInterrupt):
         sl.initialize_serial_lora(model, backward_of(model))
     after = state_of(model)

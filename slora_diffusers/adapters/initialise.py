@@ -17,17 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.change import changing
 from ..core.components import adapted, check_known, components_of, held_by, is_pipeline
 from ..core.offload import Storage
 from ..core.pair import GRADIENT, gradient_start, orthonormal
+from ..core.processes import from_first, is_sharded, mean, put, whole
 from ..core.state import check_not_fused, pairs_of, registry_of
 from ..core.tensors import is_finite
 from ..errors import AdapterStateError, SerialLoraError
 from .lifecycle import logger
+
+
+class NotFiniteError(SerialLoraError):
+    """The gradient overflows, or is no number."""
+
 
 Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 """Name of a pair -> its A (r, d) and B (out, r): a serial pair's own, or those of any LoRA."""
@@ -96,8 +101,7 @@ def initialize_serial_lora(
     with changing(*models.values()) as change:
         put_starts(factors, starts, change.on_failure)
         for one in models.values():
-            configs = registry_of(one).configs
-            configs[adapter_name] = replace(configs[adapter_name], init=GRADIENT)
+            record_start(one, adapter_name)
     report = InitializeReport(adapter_name, energies, [name for name in factors if name not in starts])
     if report.unchanged:
         logger.warning("%s", report)
@@ -120,15 +124,17 @@ def gradient_starts(
     """
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise SerialLoraError(f"passes must be a whole number of at least 1; got {passes!r}.")
-    usual = {name: _whole(A) for name, (A, _) in factors.items()}
-    with _kept(models, factors):
+    usual = {name: whole(A) for name, (A, _) in factors.items()}
+    with kept(models, [matrix for pair in factors.values() for matrix in pair]):
         # The last pass reads the gradient of A, the one before it that of B, and so on.
         sketches = {name: _noise(B) for name, (_, B) in factors.items()} if passes % 2 else usual
         for left in range(passes, 0, -1):
             read_A = left % 2 == 1
-            bases = {name: _agreed(orthonormal(sketch), factors[name][0]) for name, sketch in sketches.items()}
+            bases = {
+                name: from_first(orthonormal(sketch), factors[name][0].device) for name, sketch in sketches.items()
+            }
             _probe(factors, bases, read_A)
-            with _same_draws(models), torch.inference_mode(False), torch.enable_grad():
+            with same_draws(models), torch.inference_mode(False), torch.enable_grad():
                 backward()
             sketches = _sketches(factors, read_A)
     energies = {name: Z.double().norm().item() for name, Z in sketches.items()}
@@ -138,16 +144,22 @@ def gradient_starts(
             "with the adapter's scale not 0; a new head of zeros passes none on until it has been trained a little."
         )
     found = {name: Z for name, Z in sketches.items() if energies[name]}
-    starts = {name: _agreed(gradient_start(Z, usual[name]), factors[name][0]) for name, Z in found.items()}
+    starts = {name: from_first(gradient_start(Z, usual[name]), factors[name][0].device) for name, Z in found.items()}
     return starts, {name: energies[name] for name in found}
+
+
+def record_start(model: nn.Module, adapter_name: str) -> None:
+    """Note in an adapter's settings that its start is the gradient's."""
+    configs = registry_of(model).configs
+    configs[adapter_name] = replace(configs[adapter_name], init=GRADIENT)
 
 
 def put_starts(factors: Factors, starts: Mapping[str, Tensor], on_failure: Callable[[Callable[[], Any]], Any]) -> None:
     """Write the starts into the A's, having named what puts back the values that they have now."""
     for name, start in starts.items():
         A = factors[name][0]
-        on_failure(partial(_put_back, A, A.detach().clone()))
-        _write(A, start)
+        on_failure(partial(put, A, A.detach().clone()))
+        put(A, start)
 
 
 def _factors_to_start(model: nn.Module, adapter_name: str) -> Factors:
@@ -172,14 +184,14 @@ def _factors_to_start(model: nn.Module, adapter_name: str) -> Factors:
     storage, factors = Storage(model), {}
     for key, pair in pairs.items():
         A, B = (pair.get_parameter(name) for name in names)
-        for name in () if hasattr(A, "full_tensor") else names:
+        for name in () if is_sharded(A) else names:
             storage.check_writable(pair, name, "start an adapter from the gradient", key)
         if tuple(A.shape[1:]) != (pair.features,):
             raise AdapterStateError(
                 f"The matrices at {key!r} are sharded in a way that hides their shape (FSDP1, ZeRO-3): start the "
                 "adapter before the model is sharded, or shard it with FSDP2."
             )
-        if _whole(B).any():
+        if whole(B).any():
             raise AdapterStateError(
                 f"{adapter_name!r} is trained already (B is not zero at {key!r}), and a new start would lose that. Add "
                 "a new adapter with add_serial_lora(), and initialize it before training."
@@ -193,8 +205,8 @@ def _probe(factors: Factors, bases: Mapping[str, Tensor], read_A: bool) -> None:
     for name, (A, B) in factors.items():
         A.grad = B.grad = None
         zero, base = (A, B) if read_A else (B, A)
-        _write(zero, torch.zeros(zero.shape, dtype=zero.dtype))
-        _write(base, bases[name].mT if read_A else bases[name])
+        put(zero, torch.zeros(zero.shape, dtype=zero.dtype))
+        put(base, bases[name].mT if read_A else bases[name])
 
 
 def _sketches(factors: Factors, read_A: bool) -> dict[str, Tensor]:
@@ -204,37 +216,35 @@ def _sketches(factors: Factors, read_A: bool) -> dict[str, Tensor]:
         probed = A if read_A else B
         gradient = torch.zeros_like(probed) if probed.grad is None else probed.grad.detach()
         # FSDP2 has averaged what it shards.
-        whole = _whole(gradient) if hasattr(gradient, "full_tensor") else _mean(gradient.float())
-        if not is_finite(whole):
-            raise SerialLoraError(
+        gathered = whole(gradient) if is_sharded(gradient) else mean(gradient.float())
+        if not is_finite(gathered):
+            raise NotFiniteError(
                 f"The gradient at {name!r} is not finite: the loss overflows. Compute it in bf16 or fp32, or lower "
                 "the factor that it is scaled by."
             )
-        found[name] = (whole if read_A else whole.mT).cpu()
+        found[name] = (gathered if read_A else gathered.mT).cpu()
     return found
 
 
 @contextmanager
-def _kept(models: Sequence[nn.Module], factors: Factors) -> Iterator[None]:
-    """Inside, the factors may take any value and gradient, and dropout is off; afterwards all is as it was."""
-    matrices = [matrix for pair in factors.values() for matrix in pair]
-    values = [matrix.detach().clone() for matrix in matrices]
-    parameters = {id(p): p for p in (*_parameters(models), *matrices)}.values()
+def kept(models: Sequence[nn.Module], probed: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, these parameters may take any value and gradient, and dropout is off; afterwards all is as it was."""
+    values = [parameter.detach().clone() for parameter in probed]
+    parameters = {id(p): p for p in (*_parameters(models), *probed)}.values()
     gradients = [(p, p.grad, p.requires_grad) for p in parameters]
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for parameter, _, _ in gradients:
             parameter.grad = None
-        for matrix in matrices:
-            matrix.requires_grad_(True)
+        for parameter in probed:
+            parameter.requires_grad_(True)
         for module, _ in modes:
             # What recomputes its activations does so only in training mode, in transformers.
             module.training = module.training and bool(getattr(module, "gradient_checkpointing", False))
         yield
     finally:
-        with torch.no_grad():
-            for matrix, value in zip(matrices, values, strict=True):
-                matrix.copy_(value)
+        for parameter, value in zip(probed, values, strict=True):
+            put(parameter, value)
         for parameter, gradient, required in gradients:
             parameter.grad = gradient
             parameter.requires_grad_(required)
@@ -243,7 +253,7 @@ def _kept(models: Sequence[nn.Module], factors: Factors) -> Iterator[None]:
 
 
 @contextmanager
-def _same_draws(models: Sequence[nn.Module]) -> Iterator[None]:
+def same_draws(models: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, random numbers may be drawn; afterwards the generators stand where they stood."""
     devices = {p.device for p in _parameters(models) if p.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
@@ -261,50 +271,6 @@ def _parameters(models: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
     return (parameter for model in models for parameter in model.parameters())
 
 
-@torch.no_grad()
-def _put_back(parameter: Tensor, value: Tensor) -> None:
-    parameter.copy_(value)
-
-
 def _noise(B: Tensor) -> Tensor:
     """Normal noise of B's transposed shape (r, out), the same everywhere."""
     return torch.randn(B.shape[::-1], generator=torch.Generator().manual_seed(0))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The full tensor behind a shard of FSDP2; others as they are, without gradient."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
-
-
-@torch.no_grad()
-def _write(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole matrix into a parameter, or the part of it that this process holds."""
-    if hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        sharded: Any = parameter
-        value = distribute_tensor(value.to(parameter.device), sharded.device_mesh, sharded.placements)
-    parameter.copy_(value)
-
-
-def _mean(tensor: Tensor) -> Tensor:
-    """The mean over the processes, if there are several."""
-    if not _many():
-        return tensor
-    tensor = tensor.clone()
-    dist.all_reduce(tensor)
-    return tensor / dist.get_world_size()
-
-
-def _agreed(value: Tensor, beside: Tensor) -> Tensor:
-    """The first process's value, if there are several: the last bits of a decomposition may differ."""
-    if not _many():
-        return value
-    value = value.to(beside.device, torch.float32).contiguous()
-    dist.broadcast(value, 0)
-    return value
-
-
-def _many() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -13,6 +13,7 @@ from .data.batches import Batch
 from .loop import Step
 from .memory import unless_it_does_not_fit
 from .run import Run
+from .start import start_run
 
 logger: Any = get_logger(__name__)
 
@@ -49,6 +50,7 @@ class Callback:
 
 def fit(run: Run, task: Task, callbacks: Sequence[Callback] = ()) -> Path:
     """Train until --max_train_steps, an interruption or a callback's end, and save; returns what was written."""
+    start_run(run, task)
     with run.rescued():
         for callback in callbacks:
             callback.before(run)

@@ -114,6 +114,11 @@ class Optimization:
         """The parameters that train."""
         return [parameter for _, parameter in self.trained()]
 
+    def restart_average(self) -> None:
+        """Let the average begin with the weights as they are now."""
+        if self.ema is not None:
+            self.ema = EMAModel(self.parameters(), decay=self.ema.decay)
+
     def after_step(self) -> None:
         """Keep up the average: the step is done."""
         self.moving = False

@@ -18,7 +18,7 @@ from typing import TypeVar
 from diffusers.optimization import SchedulerType
 
 from ..config import SerialLoraConfig
-from ..core.pair import INITS
+from ..core.pair import GRADIENT, INITS
 from ..errors import SerialLoraError
 from . import parsing
 from .diffusion.processes import DENSITIES, WEIGHTINGS
@@ -69,7 +69,11 @@ class AdapterOptions:
     )
     dropout: float = option(0.0, "Dropout on the adapter's input.", within="[0, 1)", aliases=("lora_dropout",))
     rslora: bool = option(False, "Scale by alpha / sqrt(rank).")
-    init: str = option("kaiming", "Distribution of A at the start.", choices=tuple(INITS))
+    init: str = option(
+        "kaiming", "Start of A: drawn at random, or gradient: where the loss wants it.", choices=tuple(INITS),
+        resume=REFUSED,
+    )  # fmt: skip
+    init_batches: int = option(8, "First batches whose gradient --init gradient takes, twice.", within=COUNT)
     inputs: list[str] | None = option(None, "Attention inputs that get a pair; all by default.")
     targets: list[str] | None = option(None, "Regular expressions of the attentions to adapt.")
     exclude: list[str] | None = option(None, "Regular expressions of the attentions to leave out.")
@@ -81,7 +85,8 @@ class AdapterOptions:
         """The adapter's own settings."""
         values = {f.name: getattr(self, f.name) for f in fields(SerialLoraConfig) if hasattr(self, f.name)}
         patterns = {name: values[name] or {} for name in ("rank_pattern", "alpha_pattern")}
-        return SerialLoraConfig(**{**values, **patterns})
+        init = "kaiming" if self.init == GRADIENT else self.init  # until start.py has found it
+        return SerialLoraConfig(**{**values, **patterns, "init": init})
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from torch import nn
 
+from ..core.pair import GRADIENT
 from ..errors import SerialLoraError
 from ..files.hub import reserve_repository
 from .options import BaseOptions
@@ -94,6 +95,11 @@ class Place:
             raise SerialLoraError(
                 "DeepSpeed keeps the optimizer's state in its engine, so there are no checkpoints to resume from: "
                 "add --checkpointing_steps 0, or launch with DDP or FSDP2."
+            )
+        if options.init == GRADIENT:
+            raise SerialLoraError(
+                "DeepSpeed keeps gradients in its engine, where --init gradient cannot read them: use --init kaiming, "
+                "or launch with DDP or FSDP2."
             )
         plugin = self.accelerator.state.deepspeed_plugin
         assert plugin is not None

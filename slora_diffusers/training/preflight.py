@@ -9,6 +9,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from ..adapters.lifecycle import add_serial_lora
+from ..core.pair import GRADIENT
 from ..errors import SerialLoraError
 from .methods import ADAPTERS
 from .optim import optimizer_class
@@ -29,6 +30,10 @@ def check_options(options: BaseOptions) -> None:
     check_tracker(options.report_to)
     if options.optimizer == "prodigy" and options.lora_plus_ratio != 1:
         raise SerialLoraError("--optimizer prodigy finds one rate for all: leave out --lora_plus_ratio.")
+    if options.init == GRADIENT and options.adapter not in ("serial", "lora"):
+        raise SerialLoraError(
+            f"--init gradient starts an adapter's matrices, and --adapter {options.adapter} has none."
+        )
     if options.push_to_hub and options.adapter != "serial":
         raise SerialLoraError(f"--push_to_hub uploads Serial LoRA adapters; --adapter is {options.adapter}.")
     if isinstance(options, LatentOptions) and options.cache_latents and not options.center_crop:

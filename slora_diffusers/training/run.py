@@ -211,8 +211,8 @@ class Run:
                 continue
             if spec.resume == REFUSED:
                 raise SerialLoraError(
-                    f"{path} was written with --{name} {before}, and now it is {now}: its state of the optimizer does "
-                    "not fit. Resume with the option that wrote it."
+                    f"{path} was written with --{name} {before}, and now it is {now}: what it holds does not "
+                    "fit. Resume with the option that wrote it."
                 )
             if name != "max_train_steps" or not self.options.lr_scheduler.startswith("constant"):
                 changed[name] = (before, now)
