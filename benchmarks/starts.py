@@ -1,6 +1,6 @@
 """What benchmarks/vit.py measured, seed by seed: differences with intervals, and accuracy against trained parameters.
 
-    python -m benchmarks.starts       # docs/images/vit_light.png and vit_dark.png, from benchmarks/results/*.json
+python -m benchmarks.starts       # docs/images/vit_light.png and vit_dark.png, from benchmarks/results/*.json
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def difference(results: Mapping[str, Any], method: str, against: str) -> tuple[f
 
 def starts_table(folder: Path = RESULTS) -> str:
     """Per task and method: accuracy, and the paired differences to the usual start and to LoRA."""
-    lines = ["| | Seeds | Rate | Accuracy | " + " | ".join(f"− {name}" for name in AGAINST.values()) + " |"]
+    lines = ["| | Seeds | Rate | Accuracy | " + " | ".join(f"minus {name}" for name in AGAINST.values()) + " |"]
     lines.append("| --- | --: | --: | --: |" + " --: |" * len(AGAINST))
     for task, name in {"digits, 16 shots": DIGITS, "typefaces, all images": FACES}.items():
         if not (folder / f"{name}.json").is_file():
@@ -79,7 +79,7 @@ def starts_table(folder: Path = RESULTS) -> str:
 
 
 def _shown(found: tuple[float, float, float] | None) -> str:
-    return "" if found is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*found).replace("-", "−")
+    return "" if found is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*found)
 
 
 def plot(path: Path, theme: str, folder: Path = RESULTS) -> Path:

@@ -44,8 +44,8 @@ def start_run(run: Run, task: Task) -> None:
     models = run.models
     if run.done == 0:
         batches = list(islice(task.read(0), run.options.init_batches))
-        heads = [found.head for model in models.values() if (found := head_of(model)) is not None]
-        heads = [head for head in heads if any(p.requires_grad for p in head.parameters())]
+        with_heads = [found for model in models.values() if (found := head_of(model)) is not None]
+        heads = [one.head for one in with_heads if any(p.requires_grad for p in one.head.parameters())]
         total = PASSES * len(batches) + (WARMUP_STEPS if heads else 0)
         quiet = not run.place.accelerator.is_local_main_process
         with tqdm(total=total, desc="gradient start", unit="batch", disable=quiet) as bar, ExitStack() as stack:
