@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.harness import RESULTS, read_results
+
 Show = Callable[[float], str]
 NAMES = {"base": "Base", "serial": "Serial LoRA", "serial_fused": "fused", "peft": "PEFT's LoRA"}
 
 
 def step_table(folder: Path = RESULTS) -> str:
     """Forward and train step over the base's, and the bytes and operations beside them."""
-    results = _read("step", folder)
+    results = read_results("step", folder)
     rows = [
         (
             model,
@@ -35,7 +35,7 @@ def step_table(folder: Path = RESULTS) -> str:
 
 def step_summary(folder: Path = RESULTS) -> str:
     """The same in short: Serial LoRA against PEFT's LoRA, one column per model."""
-    results = _read("step", folder)
+    results = read_results("step", folder)
     cases = {model: case["precisions"] for model, case in results["cases"].items()}
     times = {
         "train step over the base's, bf16 autocast": ("train", "bf16 autocast"),
@@ -61,7 +61,7 @@ def _against(values: dict[str, float], show: Show) -> str:
 def profile_table(folder: Path = RESULTS) -> str:
     """Milliseconds of a train step by operation."""
     tables = []
-    for model, case in _read("step", folder)["cases"].items():
+    for model, case in read_results("step", folder)["cases"].items():
         for precision, measured in case["precisions"].items():
             if profile := measured.get("train_profile"):
                 rows = [
@@ -76,14 +76,14 @@ def profile_table(folder: Path = RESULTS) -> str:
 
 def targets_table(folder: Path = RESULTS) -> str:
     """What was aimed at, and what was measured."""
-    cases = _read("step", folder)["cases"]
+    cases = read_results("step", folder)["cases"]
     rows = [(aim, *(say(case["precisions"]) for case in cases.values())) for aim, say in _TARGETS.items()]
     return _table(("Target", *cases), rows)
 
 
 def lifecycle_table(folder: Path = RESULTS) -> str:
     """Seconds of every verb beside diffusers' own LoRA."""
-    results = _read("lifecycle", folder)
+    results = read_results("lifecycle", folder)
     rows = [
         (verb, *(_milliseconds(taken[name]) for name in ("serial", "lora")), _ratio(taken["serial"], "over_lora"))
         for verb, taken in results["verbs"].items()
@@ -102,7 +102,7 @@ def lifecycle_table(folder: Path = RESULTS) -> str:
 
 def quality_table(folder: Path = RESULTS) -> str:
     """What the methods make of the demo's held-out letters: means over the training seeds."""
-    results = _read("demo_quality", folder)
+    results = read_results("demo_quality", folder)
     runs: dict[str, list[dict[str, Any]]] = {}
     for run in results["runs"]:
         runs.setdefault(run["method"], []).append(run)
@@ -142,7 +142,7 @@ def vit_differences_table(folder: Path = RESULTS) -> str:
 
 def vit_costs_table(folder: Path = RESULTS) -> str:
     """What every method costs at 16 shots, and the learning rates that it chose."""
-    tasks = {task: _read(name, folder) for task, name in VIT_TASKS.items()}
+    tasks = {task: read_results(name, folder) for task, name in VIT_TASKS.items()}
     results = tasks["16 shots"]
     rows = [
         (
@@ -168,7 +168,7 @@ def vit_costs_table(folder: Path = RESULTS) -> str:
 
 
 def _vit_table(folder: Path, show: Callable[[dict[str, Any]], str]) -> str:
-    tasks = {task: _read(name, folder) for task, name in VIT_TASKS.items()}
+    tasks = {task: read_results(name, folder) for task, name in VIT_TASKS.items()}
     everything = tasks["16 shots"]
     rows = [
         (
@@ -184,11 +184,11 @@ def _vit_table(folder: Path, show: Callable[[dict[str, Any]], str]) -> str:
 
 def vit_variations_table(folder: Path = RESULTS) -> str:
     """Serial LoRA of rank 8 at 16 shots, started or trained in other ways."""
-    results = _read(VIT_TASKS["16 shots"], folder)
+    results = read_results(VIT_TASKS["16 shots"], folder)
     rows = []
     for name, row in results["summary"].items():
         method = results["methods"][name]
-        if name not in results["costs"] or name == "serial-r8":
+        if method["init"] != "gradient" and (name not in results["costs"] or name == "serial-r8"):
             what = f"A ~ {'N(0, 1/r)' if method['init'] == 'gaussian' else 'Kaiming'}, LoRA+ {method['plus']:g}"
             score, difference = f"{row['mean']:.1f} ± {row['std']:.1f}", "{:+.1f} ± {:.1f}".format(*row["over_lora"])
             rows.append((what, f"{row['rate']:g}", score, difference))
@@ -204,7 +204,7 @@ def _vit_method(method: dict[str, Any]) -> str:
 
 def dreambooth_table(folder: Path = RESULTS) -> str:
     """A subject learnt by tiny pipelines: loss on unseen images of it, what that cost, and what the class lost."""
-    results = _read("dreambooth", folder)
+    results = read_results("dreambooth", folder)
     names = {
         "none": "Serial LoRA, rate 0", "serial": "Serial LoRA", "serial+output": "Serial LoRA, with attention output",
         "lora": "PEFT's LoRA", "full": "full fine-tuning",
@@ -329,7 +329,3 @@ def _megabytes(size: float) -> str:
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     rule = ["---"] * left + ["--:"] * (len(heading) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *rows))
-
-
-def _read(name: str, folder: Path) -> dict[str, Any]:
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from benchmarks import report
+from benchmarks import report, starts
 from slora_diffusers import SerialLoraConfig, add_serial_lora, unload_serial_lora
 from slora_diffusers.adapters.lifecycle import AddReport
 from slora_diffusers.records import audio, image, text, video, vision
@@ -168,6 +168,7 @@ REGIONS = {
         "vit-variations": report.vit_variations_table,
         "vit-costs": report.vit_costs_table,
     },
+    ROOT / "docs" / "choosing.md": {"vit-starts": starts.starts_table},
     ROOT / "README.md": {
         "architectures": families,
         "counts": counts,
