@@ -108,6 +108,16 @@ def test_pefts_lora_starts_from_its_own_gradient(base, tmp_path):
     assert starts and all(torch.allclose(A @ A.mT, ROW_NORM**2 * torch.eye(4), atol=1e-5) for A in starts.values())
 
 
+def test_pefts_lora_is_drawn_as_asked(base, tmp_path):
+    """Of PEFT's own distributions: N(0, 1 / r^2), where its usual start is uniform within 1 / sqrt(d)."""
+    flags = ["--max_train_steps", "1", "--learning_rate", "0", "--adapter", "lora", "--init"]
+    for init, within in (("gaussian", False), ("kaiming", True)):
+        tensors = load_file(train(base, tmp_path / init, *flags, init))
+        A = torch.cat([tensor.flatten() for key, tensor in tensors.items() if "lora_A" in key])
+        bound = max(tensor.shape[1] ** -0.5 for key, tensor in tensors.items() if "lora_A" in key)
+        assert (A.abs().max() <= bound) == within
+
+
 @pytest.mark.parametrize("adapter", ["full"])
 def test_what_has_no_matrices_has_no_such_start(base, tmp_path, adapter):
     with pytest.raises(SerialLoraError, match=f"--adapter {adapter} has none"):

@@ -118,6 +118,7 @@ class PeftLora:
             lora_alpha=alpha,  # type: ignore[arg-type]  PEFT takes any number
             lora_dropout=config.dropout,
             use_rslora=config.rslora,
+            init_lora_weights="gaussian" if config.init == "gaussian" else True,
             target_modules=lora_targets(model),
             exclude_modules=list(config.exclude) if config.exclude else None,
         )
