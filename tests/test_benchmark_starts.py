@@ -35,7 +35,7 @@ def test_a_difference_is_over_the_seeds_that_both_have_at_their_best_rates():
 def test_every_number_of_the_table_is_in_the_results():
     results, table = read_results(starts.DIGITS), starts.starts_table()
     for method, label in starts.ROWS.items():
-        (row,) = (line for line in table.splitlines() if line.startswith(f"| digits, 16 shots: {label} |"))
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| {label} |"))
         assert f" {np.mean(results['summary'][method]['test']):.1f} " in row
 
 
@@ -49,6 +49,6 @@ def test_no_image_of_the_typefaces_occurs_twice(tmp_path, capsys):
     faces.main(str(tmp_path / "faces.npz"))
     with np.load(tmp_path / "faces.npz") as file:
         images, labels = file["images"], file["labels"]
-    assert np.bincount(labels).tolist() == [len(images) // 10] * 10 and len(images) > 3000
+    assert np.bincount(labels).tolist() == [len(images) // 10] * 10 and len(images) > 2500
     assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
     assert images.any(axis=(1, 2)).all() and f"{len(images)} images" in capsys.readouterr().out
