@@ -101,8 +101,8 @@ def plot(path: Path, theme: str, folder: Path = RESULTS) -> Path:
     full = results["summary"].get("full")
     if full:
         axes.axhline(full["mean"], color=ink, linestyle=":", linewidth=1)
-        axes.annotate("full fine-tuning, 22 M, 10 seeds", (147.5, full["mean"]), (-40, -11), textcoords="offset points", color=ink,
-                      ha="right", fontsize=8)  # fmt: skip
+        settings = {"textcoords": "offset points", "color": ink, "ha": "right", "fontsize": 8}
+        axes.annotate("full fine-tuning, 22 M, 10 seeds", (147.5, full["mean"]), (-40, -11), **settings)
     axes.set_xscale("log", base=2)
     axes.set_xticks([73.7, 147.5, 294.9], ["74 k", "147 k", "295 k"])
     axes.set_xlabel("trained parameters", color=ink)
