@@ -115,7 +115,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if not isinstance(tensor, Tensor) or not isinstance(name, str) or not bool(torch.isfinite(tensor).all()):
             raise _damaged(path, f"its trained weight {name!r} is not a tensor of finite numbers")
     for name, option in state["options"].items():
-        entries = option if isinstance(option, list) else [option]
+        entries = [option]
+        if isinstance(option, list | dict):
+            entries = list(option) if isinstance(option, list) else [*option, *option.values()]
         if not isinstance(name, str) or not all(isinstance(entry, str | int | float | None) for entry in entries):
             raise _damaged(path, f"its option {name!r} is {type(option).__name__}")
     if state["step"] < 0 or state["processes"] < 1:

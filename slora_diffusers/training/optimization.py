@@ -159,8 +159,11 @@ class Optimization:
         """Go on from a checkpoint, at the rates of this run's options.
 
         Raises:
-            SerialLoraError: If the checkpoint is of other weights; nothing is loaded then.
+            SerialLoraError: If the checkpoint is of other weights, or damaged.
         """
+        checkpoint.check_like(state["schedule"], self.schedule.state_dict(), "the schedule")
+        if self.ema is not None and state["ema"] is not None:
+            checkpoint.check_like(state["ema"], self.ema.state_dict(), "the average")
         checkpoint.load_parameters(self.trained(), state["trained"])
         optimizer = self._inner
         rates = [group["initial_lr"] for group in optimizer.param_groups]
