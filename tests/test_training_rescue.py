@@ -181,7 +181,7 @@ def test_a_tracker_that_cannot_even_start_is_a_warning(base, tmp_path, monkeypat
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
     assert train(base, tmp_path, "--report_to", "tensorboard").exists()
-    assert "the tracker tensorboard failed" in caplog.text
+    assert "starting tensorboard failed" in caplog.text
 
 
 OUT_OF_MEMORY = [

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     trained = ("transformer", *CLIP_ENCODERS) if options.train_text_encoder else ("transformer",)
     for name in trained:
-        attach(getattr(pipe, name), options)
+        attach(getattr(pipe, name), options, component=name)
     objective = objective_for(pipe.scheduler, options, tokens=subject.tokens)
     rates = dict.fromkeys(CLIP_ENCODERS, options.text_encoder_lr)
     run = Run(place, options, {name: getattr(pipe, name) for name in trained}, samples.per_epoch, rates)

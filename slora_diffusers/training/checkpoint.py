@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SerialLoraError
-from .methods import whole
+from .sharding import whole
 
 STATE_NAME = "training_state.pt"
 _FOLDER = re.compile(r"checkpoint-(\d+)")

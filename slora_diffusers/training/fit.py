@@ -29,6 +29,14 @@ class Task(Protocol):
         """Loss of a micro-batch, a scalar."""
         ...
 
+    def measures(self) -> Mapping[str, float]:
+        """Further numbers of the step that was taken, for the log."""
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """What is learnt from, for the lines at the start."""
+        ...
+
 
 class Callback:
     """What happens beside the steps. Every process calls every method, so that none waits for another.
@@ -50,11 +58,13 @@ class Callback:
 
 def fit(run: Run, task: Task, callbacks: Sequence[Callback] = ()) -> Path:
     """Train until --max_train_steps, an interruption or a callback's end, and save; returns what was written."""
+    run.introduce(task.describe())
     start_run(run, task)
+    task.measures()  # those of the start are not the first step's
     with run.rescued():
         for callback in callbacks:
             callback.before(run)
-        for step in run.steps(task.read, task.loss):
+        for step in run.steps(task.read, task.loss, task.measures):
             if not step.interrupted:
                 for callback in callbacks:
                     callback.after(run, step)

@@ -22,6 +22,10 @@ from .place import Place
 logger: Any = get_logger(__name__)
 METRICS, ABANDONED = "metrics.jsonl", "abandoned-metrics.jsonl"
 
+# What each tracker calls a run's name; TensorBoard's is a folder, see `Place`.
+_RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
+_RUN_NAMES |= {"clearml": "task_name"}
+
 
 class Log:
     """Numbers and pictures of a run.
@@ -37,8 +41,9 @@ class Log:
         if options.report_to:
             specs = specs_of(options)
             settings = {name: str(getattr(options, name)) for name in specs if not specs[name][0].secret}
-            with self._only_warned(f"the tracker {options.report_to}"):
-                self._accelerator.init_trackers("slora", settings)
+            named = {tracker: {key: options.run_name} for tracker, key in _RUN_NAMES.items() if options.run_name}
+            with self._only_warned(f"starting {', '.join(options.report_to)}"):
+                self._accelerator.init_trackers(options.tracker_project_name, settings, named)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         """Write numbers to `<output_dir>/metrics.jsonl` and send them to the trackers."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from accelerate.logging import get_logger
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.contexts import disable_serial_lora
 from ..adapters.lifecycle import add_serial_lora
@@ -23,6 +23,8 @@ from ..errors import SerialLoraError
 from ..files.format import AdapterFile
 from ..files.save import adapter_file
 from ..heads.base import checkpoint_gradients
+from .init_from import start_from, start_of
+from .sharding import whole
 
 if TYPE_CHECKING:
     from .options import BaseOptions
@@ -56,15 +58,26 @@ class Adapter(Protocol):
         ...
 
 
-def attach(model: nn.Module, options: BaseOptions, method: Adapter | None = None) -> None:
+def attach(
+    model: nn.Module, options: BaseOptions, method: Adapter | None = None, component: str = "transformer"
+) -> None:
     """Add what a run trains to a model, and freeze the rest of it.
 
     Args:
         model: The model.
         options: They choose the adapter and its settings.
         method: What attaches; that of --adapter by default.
+        component: The model's name in an adapter's file.
+
+    Raises:
+        SerialLoraError: If the config fits no part of the model, or --init_from does not fit it.
     """
-    logger.info((method or ADAPTERS[options.adapter]).attach(model, options.config()))
+    config, part = start_of(options, component)
+    logger.info((method or ADAPTERS[options.adapter]).attach(model, config))
+    if part is not None:
+        assert options.init_from is not None
+        start_from(part, model, options.init_from)
+        logger.info("%s starts from %s", component, options.init_from)
     model.train()
     if options.gradient_checkpointing:
         checkpoint_gradients(model)
@@ -226,11 +239,6 @@ def lora_targets(model: nn.Module) -> list[str]:
     slots = [s for s in find_slots(model) if not s.pair.optional or s.pair.name.endswith("attention_output")]
     linears = [(slot.path, p) for slot in slots for p in slot.projections if isinstance(p.owner, nn.Linear)]
     return sorted({f"{path}.{projection.name}" for path, projection in linears})
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor behind a shard of FSDP2; every process must call. Other tensors come back as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
 
 
 def _count(model: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +17,12 @@ from ..errors import SerialLoraError
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """Where an optimizer comes from: `module.name`, of the package `package`."""
+    """Where an optimizer comes from: `module.name`, of the package `package`, and which of Adam's numbers it takes."""
 
     module: str
     name: str
     package: str = "torch"
-    takes_betas: bool = True
+    takes: tuple[str, ...] = ("betas", "eps")
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -32,25 +33,46 @@ OPTIMIZERS = {
     "prodigy": OptimizerChoice(
         "prodigyopt", "Prodigy", "prodigyopt", settings={"use_bias_correction": True, "safeguard_warmup": True}
     ),  # as diffusers' script sets it
-    "sgd": OptimizerChoice("torch.optim", "SGD", takes_betas=False),
+    "sgd": OptimizerChoice("torch.optim", "SGD", takes=()),
+    "adafactor": OptimizerChoice(
+        "transformers.optimization", "Adafactor", "transformers", (), {"scale_parameter": False, "relative_step": False}
+    ),  # at the rate that is given
+    "lion": OptimizerChoice("bitsandbytes.optim", "Lion", "bitsandbytes", takes=()),
+    "lion8bit": OptimizerChoice("bitsandbytes.optim", "Lion8bit", "bitsandbytes", takes=()),
+    "came": OptimizerChoice("came_pytorch", "CAME", "came-pytorch", takes=()),
 }
 
 
+def optimizer_name(text: str) -> str:
+    """The name as `OPTIMIZERS` has it, in any case of letters; a class's path stays as it is."""
+    return text.lower() if text.lower() in OPTIMIZERS else text
+
+
+def _choice(name: str) -> OptimizerChoice:
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    module, dot, attribute = name.rpartition(".")
+    if not dot:
+        raise SerialLoraError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, or module.Class; got {name!r}.")
+    return OptimizerChoice(module, attribute, module.partition(".")[0], takes=())
+
+
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class behind a name of `OPTIMIZERS`.
+    """The class behind a name of `OPTIMIZERS`, or module.Class.
 
     Raises:
-        SerialLoraError: If the name is unknown or its library is not installed.
+        SerialLoraError: If the name is unknown, its library is not installed, or it is no optimizer.
     """
-    if name not in OPTIMIZERS:
-        raise SerialLoraError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}.")
-    choice = OPTIMIZERS[name]
+    choice = _choice(name)
     try:
-        return getattr(importlib.import_module(choice.module), choice.name)
+        found = getattr(importlib.import_module(choice.module), choice.name, None)
     except ImportError as error:
         raise SerialLoraError(
             f"--optimizer {name} needs the package {choice.package}: pip install {choice.package} ({error})."
         ) from error
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        raise SerialLoraError(f"--optimizer {name}: {choice.module} has no optimizer of torch's kind of that name.")
+    return found
 
 
 def parameter_groups(
@@ -77,13 +99,30 @@ def parameter_groups(
 
 
 def make_optimizer(
-    name: str, groups: list[dict[str, Any]], betas: tuple[float, float], weight_decay: float, eps: float
-) -> torch.optim.Optimizer:
-    """The optimizer called `name` over parameter groups that hold their own learning rates."""
+    name: str, groups: list[dict[str, Any]], betas: tuple[float, float], weight_decay: float, eps: float,
+    more: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """The optimizer called `name` over parameter groups that hold their own learning rates.
+
+    Args:
+        name: A name of `OPTIMIZERS`, or module.Class.
+        groups: The parameters.
+        betas: Decays of Adam's moments, for those that take them.
+        weight_decay: Weight decay.
+        eps: Epsilon of Adam, for those that take it.
+        more: Further settings, which win.
+
+    Raises:
+        SerialLoraError: If the optimizer takes no such setting.
+    """
     chosen: Any = optimizer_class(name)
-    choice = OPTIMIZERS[name]
-    settings = {**choice.settings, **({"betas": betas, "eps": eps} if choice.takes_betas else {})}
-    optimizer = chosen(groups, lr=groups[0]["lr"], weight_decay=weight_decay, **settings)
+    adam = {"betas": betas, "eps": eps}
+    own = {key: value for key, value in adam.items() if key in _choice(name).takes}
+    settings = {"weight_decay": weight_decay, **_choice(name).settings, **own, **(more or {})}
+    try:
+        optimizer = chosen(groups, lr=groups[0]["lr"], **settings)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise SerialLoraError(f"--optimizer {name} does not take {settings}: {error}.") from error
     if hasattr(optimizer, "train"):  # schedule-free optimizers begin in the mode that evaluates
         optimizer.train()
     return optimizer

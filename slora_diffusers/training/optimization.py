@@ -15,6 +15,7 @@ from torch import nn
 from . import checkpoint
 from .optim import evaluation_weights, make_optimizer, parameter_groups
 from .options import OptimizerOptions
+from .parsing import python_value
 from .place import Place
 from .precision import check_trainables_fp32, trainable
 
@@ -82,7 +83,9 @@ class Optimization:
         samples = options.train_batch_size * place.processes * place.accelerator.gradient_accumulation_steps
         groups = groups_of(models, options, samples, rates)
         betas = (options.adam_beta1, options.adam_beta2)
-        optimizer = make_optimizer(options.optimizer, groups, betas, options.adam_weight_decay, options.adam_epsilon)
+        more = {name: python_value(text) for name, text in (options.optimizer_args or {}).items()}
+        numbers = (betas, options.adam_weight_decay, options.adam_epsilon)
+        optimizer = make_optimizer(options.optimizer, groups, *numbers, more)
         if compiled:
             for model in models.values():
                 model.compile()

@@ -11,18 +11,22 @@ Flags are called as in diffusers' own training scripts where they mean the same.
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers.optimization import SchedulerType
 
 from ..config import SerialLoraConfig
 from ..core.pair import GRADIENT, INITS
 from ..errors import SerialLoraError
 from . import parsing
-from .diffusion.processes import DENSITIES, WEIGHTINGS
-from .optim import OPTIMIZERS
+from .diffusion.processes import COMPARISONS, DENSITIES, WEIGHTINGS
+from .optim import OPTIMIZERS, optimizer_name
 from .parsing import FREE, REFUSED, option
 from .precision import QUANTIZATIONS
 
@@ -31,6 +35,7 @@ SCHEMES = (*DENSITIES, *WEIGHTINGS)
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)  # needs rules
 KINDS = ("serial", "lora", "full")  # of adapters, for a model without a head of its own
 ANY, COUNT, SHARE, POSITIVE, NOT_NEGATIVE = "(-inf, inf)", "[1, inf)", "[0, 1]", "(0, inf)", "[0, inf)"
+SEEDS = "[-1, 4294967295]"  # NumPy's largest
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class AdapterOptions:
     """What is trained."""
 
     adapter: str = option("serial", "Serial LoRA, PEFT's LoRA or every weight.", choices=KINDS, resume=REFUSED)
+    init_from: str | None = option(None, "Adapter to start from: file, folder or Hub id.", resume=FREE)
     rank: int = option(16, "Rank of the adapter.", within=COUNT)
     alpha: float | None = option(
         None, "Numerator of the scale alpha / rank; the rank itself by default.", within=ANY, aliases=("lora_alpha",)
@@ -129,7 +135,10 @@ class OptimizerOptions:
     lr_warmup_steps: int | None = option(0, "Steps of warm-up.", within=NOT_NEGATIVE)
     lr_num_cycles: int = option(1, "Restarts of cosine_with_restarts.", within=COUNT)
     lr_power: float = option(1.0, "Power of the polynomial schedule.", within=POSITIVE)
-    optimizer: str = option("adamw", "Optimizer.", choices=tuple(OPTIMIZERS), convert=str.lower, resume=REFUSED)
+    optimizer: str = option(
+        "adamw", f"Optimizer: {', '.join(OPTIMIZERS)}, or module.Class.", convert=optimizer_name, resume=REFUSED
+    )
+    optimizer_args: dict[str, str] | None = option(None, "Further settings of the optimizer, NAME=VALUE.")
     use_8bit_adam: bool = option(False, "The same as --optimizer adamw8bit.", resume=FREE)
     adam_beta1: float = option(0.9, "Decay of the first moment.", within="[0, 1)")
     adam_beta2: float = option(0.999, "Decay of the second moment.", within="[0, 1)")
@@ -159,6 +168,11 @@ class ObjectiveOptions:
     logit_mean: float = option(0.0, "Mean of the logit-normal distribution.", within="[-20, 20]")
     logit_std: float = option(1.0, "Standard deviation of the logit-normal distribution.", within="[0, 20]")
     mode_scale: float = option(1.29, "Scale of the mode distribution.", within="[-1, 1.75]")
+    loss_type: str = option("l2", "How prediction and target are compared.", choices=tuple(COMPARISONS))
+    huber_c: float = option(0.1, "Width c of huber and smooth_l1.", within=POSITIVE)
+    noise_offset: float = option(0.0, "Part of the noise that is one number per channel.", within=NOT_NEGATIVE)
+    min_timestep: float = option(0.0, "Train no timestep below this one, of 1000.", within="[0, 1000]")
+    max_timestep: float = option(1000.0, "Train no timestep from this one on.", within="[0, 1000]")
     precondition_outputs: bool = option(
         False, "Compare clean latents instead of velocities, which weighs by sigma squared."
     )
@@ -179,7 +193,7 @@ class RunOptions:
     """The run."""
 
     output_dir: str = option("outputs/adapter", "Where the adapter, checkpoints and logs go.", resume=FREE)
-    seed: int = option(0, "Seed of everything that is drawn.", within=ANY)
+    seed: int = option(0, "Seed of everything that is drawn; -1 for any, which is printed.", within=SEEDS)
     validation_steps: int = option(
         100, "Validate every so many steps, and at step 0; 0 for never.", within=NOT_NEGATIVE, resume=FREE
     )
@@ -189,7 +203,9 @@ class RunOptions:
     checkpoints_total_limit: int | None = option(None, "Keep at most so many checkpoints.", within=COUNT, resume=FREE)
     resume_from_checkpoint: str | None = option(None, "'latest', or a checkpoint's folder.", resume=FREE)
     logging_dir: str = option("logs", "Folder of the tracker's files, inside output_dir.", resume=FREE)
-    report_to: str | None = option(None, "Tracker: tensorboard, wandb, trackio, ...", resume=FREE)
+    report_to: list[str] | None = option(None, "Trackers: tensorboard, wandb, trackio, ...", resume=FREE)
+    tracker_project_name: str = option("slora", "Name of the trackers' project.", resume=FREE)
+    run_name: str | None = option(None, "Name of the run in the trackers; their own by default.", resume=FREE)
     push_to_hub: bool = option(False, "Upload the result to the Hub.", resume=FREE)
     hub_model_id: str | None = option(None, "Name on the Hub; that of output_dir by default.", resume=FREE)
     hub_token: str | None = option(None, "Token for the Hub.", secret=True, resume=FREE)
@@ -223,4 +239,12 @@ ELSEWHERE = {
 
 def parse(options: type[T], description: str | None, argv: Sequence[str] | None = None) -> T:
     """The options of a recipe from its command line and from the file that --config names; see `parsing.parse`."""
-    return parsing.parse(options, description or "", argv, ELSEWHERE)
+    given: Any = parsing.parse(options, description or "", argv, ELSEWHERE)
+    if getattr(given, "seed", 0) == -1:
+        seed = [secrets.randbelow(2**31)]
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            PartialState()
+            broadcast_object_list(seed)  # every process draws the same
+        print(f"--seed {seed[0]} was drawn", flush=True)
+        given = replace(given, seed=seed[0])
+    return given

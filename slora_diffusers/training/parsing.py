@@ -7,6 +7,7 @@ recipe's options are one dataclass that inherits the groups it wants; `options.p
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import inspect
@@ -151,6 +152,14 @@ def make_parser(options: type, description: str) -> argparse.ArgumentParser:
                 settings |= {"metavar": "KEY=VALUE", "action": _Mapping}
         groups[owner].add_argument(*(f"--{flag}" for flag in (name, *spec.aliases)), **settings)
     return parser
+
+
+def python_value(text: str) -> Any:
+    """A number, truth value, tuple, ... where the text is one, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 class _Mapping(argparse.Action):

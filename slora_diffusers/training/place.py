@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ..files.hub import reserve_repository
 from .options import BaseOptions
 from .precision import DTYPES
 from .preflight import check_options
+
+logger = logging.getLogger(__name__)
 
 
 class Place:
@@ -36,21 +39,24 @@ class Place:
 
     def __init__(self, options: BaseOptions) -> None:
         check_options(options)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         set_seed(options.seed)  # of the adapter's initial weights: the same on every process
         self.output_dir = Path(options.output_dir)
+        logs = self.output_dir / options.logging_dir
         self.accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             log_with=options.report_to,
-            project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / options.logging_dir)),
+            project_config=ProjectConfiguration(str(self.output_dir), str(logs / (options.run_name or ""))),
         )
         # What accelerate was launched or configured with counts, unless the options say otherwise.
         if self.accelerator.mixed_precision not in DTYPES:
             raise SerialLoraError(f"mixed precision {self.accelerator.mixed_precision} is not supported: use bf16.")
+        if asked := self._processes_asked_for():
+            logger.warning("%s, but this run has %d: see `accelerate config`", asked, self.processes)
         self.repository: str | None = None
         if options.push_to_hub and self.accelerator.is_main_process:
             self.repository = reserve_repository(options.hub_model_id or self.output_dir, options.hub_token)
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.device = self.accelerator.device
         torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
         # Trained in full, the base stays fp32 and autocast does the rest; a frozen one is held in the low precision.
@@ -73,6 +79,16 @@ class Place:
     def is_main(self) -> bool:
         """Whether this process is the one that writes."""
         return self.accelerator.is_main_process
+
+    def _processes_asked_for(self) -> str | None:
+        """What the launcher asked for, where fewer processes were started; None where all is well."""
+        environment = os.environ
+        if (count := int(environment.get("WORLD_SIZE", "1"))) > self.processes:
+            return f"the launcher asked for {count} processes"
+        # accelerate's launcher of a single process tells the address of several, if that is what it was asked for.
+        if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and self.processes == 1:
+            return None if "WORLD_SIZE" in environment else "accelerate launch was asked for several processes"
+        return None
 
     def autocast(self) -> Any:
         """A context in which the models compute in the run's precision."""

@@ -11,6 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from ..adapters.lifecycle import add_serial_lora
 from ..core.pair import GRADIENT
 from ..errors import SerialLoraError
+from .init_from import start_of
 from .methods import ADAPTERS
 from .optim import optimizer_class
 from .options import BaseOptions, LatentOptions, PipelineOptions
@@ -27,7 +28,8 @@ def check_options(options: BaseOptions) -> None:
     ADAPTERS[options.adapter].check()
     if Path(options.output_dir).is_file():
         raise SerialLoraError(f"--output_dir {options.output_dir} is a file.")
-    check_tracker(options.report_to)
+    for tracker in options.report_to or ():
+        check_tracker(tracker)
     if options.optimizer == "prodigy" and options.lora_plus_ratio != 1:
         raise SerialLoraError("--optimizer prodigy finds one rate for all: leave out --lora_plus_ratio.")
     if options.init == GRADIENT and options.adapter not in ("serial", "lora"):
@@ -48,14 +50,14 @@ def check_options(options: BaseOptions) -> None:
             raise SerialLoraError(f"--quantize {options.quantize} needs a GPU: diffusers quantizes nowhere else.")
 
 
-def check_tracker(name: str | None) -> None:
+def check_tracker(name: str) -> None:
     """See that a tracker exists and its package is installed; accelerate would go on without it.
 
     Raises:
         SerialLoraError: If not.
     """
     known, there = [str(kind) for kind in LOGGER_TYPE_TO_CLASS], [str(kind) for kind in get_available_trackers()]
-    if name is None or name == "all" or name in there:
+    if name == "all" or name in there:
         return
     if name not in known:
         raise SerialLoraError(f"--report_to must be all or one of {', '.join(known)}; got {name!r}.")
@@ -89,4 +91,4 @@ def check_sites(model_class: Any, options: BaseOptions) -> None:
         raise SerialLoraError(f"{path} has a {given}; this recipe trains a {model_class.__name__}.")
     if options.adapter == "serial":
         with torch.device("meta"):
-            add_serial_lora(model_class.from_config(config), options.config())
+            add_serial_lora(model_class.from_config(config), start_of(options, "transformer")[0])

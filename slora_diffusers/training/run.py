@@ -62,7 +62,7 @@ class Run:
             gradient_accumulation_steps=accumulation, mixed_precision=place.accelerator.mixed_precision,
             hub_model_id=place.repository or options.hub_model_id,
         )  # fmt: skip
-        self.place, self.output_dir = place, place.output_dir
+        self.place, self.output_dir, self._batches_per_epoch = place, place.output_dir, max(1, batches_per_epoch)
         self.method = method or ADAPTERS[options.adapter]
         if place.is_main:
             save_options(self.options, self.output_dir / "config.yaml")
@@ -80,13 +80,15 @@ class Run:
             self._log.set_aside_after(self.done)
 
     def steps(
-        self, batches_from: Callable[[int], Iterator[Batch]], loss_of: Callable[[Batch], Tensor]
-    ) -> Iterator[Step]:
+        self, batches_from: Callable[[int], Iterator[Batch]], loss_of: Callable[[Batch], Tensor],
+        measures: Callable[[], Mapping[str, float]] = dict,
+    ) -> Iterator[Step]:  # fmt: skip
         """Train: shows progress, logs, and writes checkpoints on time, and before an interrupted run ends.
 
         Args:
             batches_from: Micro-batches from a number on.
             loss_of: Loss of a micro-batch.
+            measures: Further numbers of the step that was taken, for the log.
         """
         accelerator, every = self.place.accelerator, self.options.checkpointing_steps
         batches = batches_from(self.done * accelerator.gradient_accumulation_steps)
@@ -104,12 +106,33 @@ class Run:
                     self.save_checkpoint()
                 _show(bar, step)
                 names = ("loss", "lr", "grad_norm", "seconds", "memory")
-                self.log({name: getattr(step, name) for name in names}, step.number)
+                self.log({**{name: getattr(step, name) for name in names}, **measures()}, step.number)
                 if every and step.number % every == 0 and not step.interrupted:
                     self.save_checkpoint()
                 yield step
                 if step.interrupted:
                     logger.warning("interrupted after step %d", step.number)
+
+    def introduce(self, data: Mapping[str, str]) -> None:
+        """Say what is trained on what, where, and for how long."""
+        options, processes = self.options, self.place.processes
+        samples = options.train_batch_size * options.gradient_accumulation_steps * processes
+        steps = -(-self._batches_per_epoch // options.gradient_accumulation_steps)
+        trained = self.optimization.parameters()
+        lines = {
+            **data,
+            "steps": f"{self.steps_in_all} in all, {self.steps_in_all - self.done} to go; {steps} per epoch, "
+            f"{self.steps_in_all / steps:.4g} epochs",
+            "samples per step": f"{samples} = {options.train_batch_size} per batch x "
+            f"{options.gradient_accumulation_steps} batches x {processes} processes",
+            "trained": f"{sum(p.numel() for p in trained):,} parameters in {len(trained)} tensors",
+            **{name: _where(model) for name, model in self.models.items()},
+            "precision": f"{options.mixed_precision}, seed {options.seed}, on {self.place.device}",
+            "written to": str(self.output_dir),
+        }
+        width = max(map(len, lines))
+        for name, line in lines.items():
+            logger.info("%s  %s", name.ljust(width), line)
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Inside, the models are in eval mode, with the weights to judge: averaged, or a schedule-free optimizer's."""
@@ -218,6 +241,15 @@ class Run:
                 changed[name] = (before, now)
         for name, (before, now) in changed.items():
             logger.warning("%s was %s and is now %s: the run will not equal an uninterrupted one", name, before, now)
+
+
+def _where(model: nn.Module) -> str:
+    """What a model's weights are held in, and where: bytes by dtype and device."""
+    held: dict[str, int] = {}
+    for parameter in model.parameters():
+        key = f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
+        held[key] = held.get(key, 0) + parameter.numel() * parameter.element_size()
+    return ", ".join(f"{count / 2**20:,.1f} MB of {key}" for key, count in held.items())
 
 
 def _show(bar: Any, step: Step) -> None:

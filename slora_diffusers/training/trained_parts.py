@@ -23,7 +23,7 @@ from ..files.save import save_serial_lora
 from ..files.storage import WEIGHT_NAME, check_finite, write_safetensors
 from ..heads.base import SerialLoraWithHead
 from .checkpoint import load_parameters
-from .methods import whole
+from .sharding import whole
 
 REST_NAME = "trained_beside_serial_lora.safetensors"
 

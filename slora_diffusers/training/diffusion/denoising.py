@@ -37,6 +37,7 @@ class Denoising:
     ) -> None:  # fmt: skip
         self.run, self.samples, self.objective = run, samples, objective
         self._predict, self._draw, self._columns = predict, draw, columns
+        self._seen: list[tuple[Tensor, Tensor]] = []  # timesteps and losses since they were last asked for
 
     def __call__(self, noised: Noised) -> Tensor:
         """The transformer's output, (B, C or 2 C, H, W)."""
@@ -59,7 +60,26 @@ class Denoising:
     def losses(self, batch: Batch, times: Tensor | None = None) -> Tensor:
         """Loss of every sample, (B,), at random times or at given ones."""
         noised = self.objective.draw(self.samples.latents(batch), batch, times)
-        return self.objective.losses(self, noised)
+        losses = self.objective.losses(self, noised)
+        if times is None:
+            self._seen.append((noised.timesteps.detach(), losses.detach()))
+        return losses
+
+    def measures(self) -> dict[str, float]:
+        """The mean loss of this process's samples of a step, by the quarter of the timesteps that they lie in."""
+        if not self._seen:
+            return {}
+        timesteps, losses = (torch.cat(parts).float().cpu() for parts in zip(*self._seen, strict=True))
+        self._seen.clear()
+        quarters = (timesteps // 250).clamp(0, 3).long()
+        return {
+            f"loss/t{250 * quarter}-{250 * (quarter + 1)}": losses[quarters == quarter].mean().item()
+            for quarter in sorted(set(quarters.tolist()))
+        }
+
+    def describe(self) -> dict[str, str]:
+        """What is learnt from."""
+        return self.samples.describe()
 
     def validate(self, number: int) -> dict[str, float]:
         """The loss at fixed noise, and a picture of images; every process computes both, so none waits for another."""

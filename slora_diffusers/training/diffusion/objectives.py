@@ -6,7 +6,6 @@ or ask the model twice, with and without its adapter. How latents are noised is 
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import inspect
@@ -21,7 +20,9 @@ from torch import Tensor
 
 from ...errors import SerialLoraError
 from ..data.batches import Batch
-from .processes import PROCESSES, WEIGHTINGS, Process, process_for, squared_error
+from ..parsing import python_value
+from ..randomness import randn
+from .processes import COMPARISONS, PROCESSES, WEIGHTINGS, Process, mean_of, process_for
 
 if TYPE_CHECKING:
     from ..options import ObjectiveOptions
@@ -64,7 +65,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """The process's own loss: the weighted squared error between prediction and target.
+    """The process's own loss: the weighted error between prediction and target.
 
     Override `loss` to compare in another way, `losses` to call the model in another way, `draw` to choose noise and
     times, and `total` to make one number of a batch. Fields of a class are settings, given by --objective_args.
@@ -72,21 +73,26 @@ class Objective:
     Args:
         process: How latents are noised, and what is asked of the transformer.
         prior_weight: Weight of class images (prior preservation).
+        loss_type: A name of `COMPARISONS`.
+        huber_c: Width of the robust ones.
+        noise_offset: Standard deviation of a part of the noise that is the same for every pixel of a channel.
     """
 
     process: Process
     prior_weight: float = 0.0
+    loss_type: str = "l2"
+    huber_c: float = 0.1
+    noise_offset: float = 0.0
 
     def draw(self, x0: Tensor, batch: Batch, times: Tensor | None = None) -> Noised:
         """Noise latents at random times, or at given ones; noise and times come from the batch's counters."""
         noise = batch.noise(x0)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * randn(batch.draws("noise offset"), x0[:, :, :1, :1])
         times = self.process.sample_times(batch.draws("times")) if times is None else times
         xt, timesteps = self.process.add_noise(x0, noise, times), self.process.timesteps(times).to(x0.device)
-        mask = (
-            None
-            if batch.masks is None
-            else F.adaptive_avg_pool2d(batch.masks.to(x0.device), (x0.shape[-2], x0.shape[-1]))
-        )
+        masks, size = batch.masks, (x0.shape[-2], x0.shape[-1])
+        mask = None if masks is None else F.adaptive_avg_pool2d(masks.to(x0.device), size)
         return Noised(batch, x0, noise, xt, times.to(x0.device), timesteps, mask)
 
     def losses(self, model: Model, noised: Noised) -> Tensor:
@@ -101,7 +107,7 @@ class Objective:
 
     def loss(self, prediction: Tensor, target: Tensor, noised: Noised) -> Tensor:
         """How prediction and target (B, C, H, W) are compared, (B,)."""
-        return squared_error(prediction, target, noised.mask)
+        return mean_of(COMPARISONS[self.loss_type](prediction, target, self.huber_c), noised.mask)
 
     def total(self, losses: Tensor, batch: Batch) -> Tensor:
         """One number of a micro-batch: the mean, where class images count on their own."""
@@ -135,7 +141,8 @@ def objective_for(scheduler: Any, options: ObjectiveOptions, *, tokens: int = 40
     process = process_for(scheduler, tokens=tokens, sigma=sigma, **process_settings(options))
     kind = objective_class(options.objective)
     settings = objective_settings(kind, options.objective_args or {})
-    return kind(process, prior_weight=getattr(options, "prior_loss_weight", 0.0), **settings)
+    prior_weight = getattr(options, "prior_loss_weight", 0.0)  # of the recipes that have class images
+    return kind(process, prior_weight, options.loss_type, options.huber_c, options.noise_offset, **settings)
 
 
 def process_settings(options: ObjectiveOptions) -> dict[str, Any]:
@@ -149,6 +156,7 @@ def process_settings(options: ObjectiveOptions) -> dict[str, Any]:
         "logit_std": options.logit_std,
         "mode_scale": options.mode_scale,
         "precondition": options.precondition_outputs,
+        "between": (options.min_timestep, options.max_timestep),
     }
     defaults = {field.name: field.default for process in PROCESSES.values() for field in fields(process)}  # type: ignore[arg-type]
     return {name: value for name, value in values.items() if value != defaults[name]}
@@ -192,14 +200,6 @@ def objective_settings(kind: type[Objective], given: Mapping[str, str]) -> dict[
     if missing:
         raise SerialLoraError(f"{kind.__name__} needs --objective_args {missing[0]}=VALUE.")
     return {name: python_value(text) for name, text in given.items()}
-
-
-def python_value(text: str) -> Any:
-    """A number, truth value, tuple, ... where the text is one, else the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 def _module(where: str) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import SerialLoraError
 
 SIGMAS = ("hybrid", "ignore")
+EVERYWHERE = (0.0, 1000.0)
 Error = Callable[[Tensor, Tensor], Tensor]  # prediction and target (B, C, H, W) to one number per sample, (B,)
 
 
@@ -35,20 +36,56 @@ def mean_of(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return (mask * x.flatten(1)).sum(dim=1) / mask.sum(dim=1).clamp_min(1e-6)
 
 
+def _pseudo_huber(difference: Tensor, c: float) -> Tensor:
+    return (difference**2 + c**2).sqrt() - c
+
+
+# Comparisons of every element by name, with the width c of the robust ones, scaled as in kohya's scripts.
+COMPARISONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "l2": lambda p, target, c: (p - target) ** 2,
+    "l1": lambda p, target, c: (p - target).abs(),
+    "huber": lambda p, target, c: 2 * c * _pseudo_huber(p - target, c),  # c -> inf: l2
+    "smooth_l1": lambda p, target, c: 2 * _pseudo_huber(p - target, c),  # c -> 0: 2 l1
+}
+
+
 class Process:
     """What a run needs of one: see `Diffusion` and `RectifiedFlow`."""
 
+    between: tuple[float, float]
+
     def sample_times(self, draws: Sequence[torch.Generator]) -> Tensor:
         """One random time per generator, (B,)."""
-        return self.quantiles(torch.cat([torch.rand(1, dtype=torch.float64, generator=draw) for draw in draws]))
+        return self._times_at(torch.cat([torch.rand(1, dtype=torch.float64, generator=draw) for draw in draws]))
 
     def stratified_times(self, count: int) -> Tensor:
         """Times at the centres of `count` equally likely parts of the training distribution, (count,)."""
-        return self.quantiles((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+        return self._times_at((torch.arange(count, dtype=torch.float64) + 0.5) / count)
 
     def quantiles(self, p: Tensor) -> Tensor:
-        """The training distribution's times at p in [0, 1), (B,)."""
+        """The times of the whole distribution at p in [0, 1), rising, (B,)."""
         raise NotImplementedError
+
+    def _times_at(self, p: Tensor) -> Tensor:
+        """The times at p of the part of the distribution whose timesteps lie in `between`."""
+        if self.between != EVERYWHERE:
+            low, high = (self._share_below(timestep) for timestep in self.between)
+            if high - low < 1e-6:
+                raise SerialLoraError(
+                    f"no times are drawn between timesteps {self.between[0]:g} and {self.between[1]:g}: widen "
+                    "--min_timestep and --max_timestep, or use --weighting_scheme uniform."
+                )
+            p = low + (high - low) * p
+        return self.quantiles(p)
+
+    def _share_below(self, timestep: float) -> float:
+        """How much of the distribution lies below a timestep, by bisection: quantiles rise."""
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            below = self.timesteps(self.quantiles(torch.tensor([middle], dtype=torch.float64))).item() < timestep
+            low, high = (middle, high) if below else (low, middle)
+        return high
 
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """x_t from x_0 and noise (B, C, H, W)."""
@@ -116,12 +153,14 @@ class Diffusion(Process):
         sigma: What to do with the second half of an output of 2 C channels: "hybrid" adds the variational bound on it,
             with the mean detached (Nichol and Dhariwal, arXiv 2102.09672, L_simple + 0.001 L_vlb); "ignore" drops it.
         snr_gamma: min-SNR weighting (Hang et al., arXiv 2303.09556); `None` weighs every timestep the same.
+        between: The timesteps that are trained, [first, last).
     """
 
     alphas_cumprod: Tensor
     prediction_type: str = "epsilon"
     sigma: str = "hybrid"
     snr_gamma: float | None = None
+    between: tuple[float, float] = EVERYWHERE
 
     def __post_init__(self) -> None:
         _check("prediction_type", self.prediction_type, tuple(TARGETS))
@@ -229,6 +268,7 @@ class RectifiedFlow(Process):
         weighting: Weight of a sample: "none" (1), "sigma_sqrt" (sigma^-2) or "cosmap" (2 / (pi (1 - 2 sigma + 2
             sigma^2))), each as in that paper.
         precondition: Compare predictions of z_0 instead, which weighs a sample by sigma^2.
+        between: The timesteps (sigma times `num_train_timesteps`) that are trained.
     """
 
     shift: Callable[[Tensor], Tensor]
@@ -239,6 +279,7 @@ class RectifiedFlow(Process):
     mode_scale: float = 1.29
     weighting: str = "none"
     precondition: bool = False
+    between: tuple[float, float] = EVERYWHERE
 
     def __post_init__(self) -> None:
         _check("density", self.density, tuple(DENSITIES))

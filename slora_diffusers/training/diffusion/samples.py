@@ -57,7 +57,16 @@ class Samples:
         place.wait()
         this_one = (place.accelerator.process_index, place.processes)
         self._batches = Batches(items, rows, self._latents.fetch, *this_one, prior=prior)
-        self._unseen, self._shapes, self._options = unseen, shapes, options
+        self._unseen, self._shapes, self._options, self._prior = unseen, shapes, options, len(prior)
+
+    def describe(self) -> dict[str, str]:
+        """What is learnt from: counts of images, and the shapes that they are cut to."""
+        counts = sorted(self._batches.rows.counts.items())
+        lines = {
+            "images": f"{len(self._batches.items)}, and {len(self._unseen)} in the validation loss",
+            "samples per epoch": ", ".join(f"{count} of {height} x {width}" for (height, width), count in counts),
+        }
+        return lines | ({"class images": str(self._prior)} if self._prior else {})
 
     def latents(self, batch: Batch) -> Tensor:
         """z_0 of a batch, (B, C, h, w) in fp32."""

@@ -166,6 +166,15 @@ class Supervised:
         """Micro-batches of this process from a number on."""
         return self.batches.read(start, self.workers)
 
+    def measures(self) -> dict[str, float]:
+        """Nothing but the loss."""
+        return {}
+
+    def describe(self) -> dict[str, str]:
+        """What is learnt from."""
+        items = self.batches.items
+        return {"images": f"{len(items)} of {len({item.label for item in items})} labels"}
+
 
 def train_with_head(
     place: Place,
@@ -192,10 +201,10 @@ def train_with_head(
     Returns:
         The scores of what is saved: the last, or with --early_stopping the best ones.
     """
-    if options.adapter == "serial" and options.inputs is None:
+    if options.adapter == "serial" and options.inputs is None and options.init_from is None:
         options = replace(options, inputs=usual_inputs(model.backbone))
     method = WithHead(ADAPTERS[options.adapter])
-    attach(model.to(place.device), options, method)
+    attach(model.to(place.device), options, method, component="model")
     freeze_unused(place, model)
     rows = Rows([fetch.prepare.size] * len(items), options.train_batch_size * place.processes, options.seed)
     batches = Batches(items, rows, fetch, place.accelerator.process_index, place.processes)

@@ -1,0 +1,220 @@
+"""Objectives of one's own: they change the loss, weigh samples or ask the model twice; and what is built in."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+
+from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.recipes import dit
+from slora_diffusers.training.diffusion.objectives import Objective, objective_for
+from slora_diffusers.training.diffusion.processes import COMPARISONS, process_for
+from slora_diffusers.training.randomness import generators
+from tests.tiny.pipelines import tiny_dit_pipeline
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+DOCS = Path(__file__).parents[1] / "docs" / "training.md"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_dit_pipeline("flow_prediction").save_pretrained(folder)
+    return folder
+
+
+def options(*argv):
+    return dit.parse(dit.Options, "", ["--pretrained_model_name_or_path", "x", *argv])
+
+
+def train(base, out, *flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    argv = ["--pretrained_model_name_or_path", str(base), "--output_dir", str(out), "--glyphs", "script"]
+    argv += ["--glyph_variations", "1", "--train_batch_size", "2", "--rank", "4", "--max_train_steps", "3"]
+    path = dit.main([*argv, "--validation_steps", "0", "--checkpointing_steps", "0", *flags])
+    return path, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def examples():
+    """{class: code} of the docs."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
+    return {m[1]: block for block in blocks if (m := re.search(r"^class (\w+)\(Objective\)", block, re.M))}
+
+
+def test_the_docs_examples_are_at_most_fifteen_lines_and_train(base, tmp_path):
+    found = examples()
+    assert set(found) == {"Charbonnier", "KeepTheBase"}
+    _, plain = train(base, tmp_path / "plain")
+    for name, code in found.items():
+        assert len([line for line in code.splitlines() if line.strip()]) <= 15
+        (tmp_path / "mine.py").write_text(code)
+        _, log = train(base, tmp_path / name, "--objective", f"{tmp_path}/mine.py:{name}")
+        assert all(torch.isfinite(torch.tensor(line["loss"])) for line in log)
+        assert log[0]["loss"] != plain[0]["loss"] or name == "KeepTheBase"  # which begins where the base is
+
+
+def test_keeping_the_base_pulls_what_is_trained_towards_it(base, tmp_path):
+    (tmp_path / "mine.py").write_text(examples()["KeepTheBase"])
+    flags = ["--learning_rate", "1e-2", "--max_train_steps", "15"]
+    sizes = []
+    for weight in ("0", "100"):
+        own = ["--objective", f"{tmp_path}/mine.py:KeepTheBase", "--objective_args", f"weight={weight}"]
+        path, _ = train(base, tmp_path / weight, *flags, *own)
+        tensors = load_file(path)
+        sizes.append(sum((t**2).sum() for key, t in tensors.items() if "lora_B" in key))
+        if weight == "0":
+            plain, _ = train(base, tmp_path / "plain", *flags)
+            assert all(load_file(plain)[key].equal(tensors[key]) for key in tensors)
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+WEIGHTED = '''
+from dataclasses import dataclass
+import torch
+from slora_diffusers.training.diffusion.objectives import Objective
+
+@dataclass(frozen=True)
+class Weighted(Objective):
+    """Pixels on the left alone, and samples by the number of their class."""
+    calls = []
+    power: float = 1.0
+
+    def loss(self, prediction, target, noised):
+        half = prediction.shape[-1] // 2
+        weight = torch.tensor([float(item.label) ** self.power for item in noised.batch.items])
+        loss = weight * ((prediction - target)[..., :half] ** 2).flatten(1).mean(1)
+        self.calls.append((prediction.detach(), target, weight, loss.detach()))
+        return loss
+'''
+
+
+def test_weights_and_masks_of_a_class_of_ones_own_reach_the_loss_that_is_logged(base, tmp_path):
+    (tmp_path / "weighted.py").write_text(WEIGHTED)
+    flags = ["--objective", f"{tmp_path}/weighted.py:Weighted", "--objective_args", "power=2"]
+    _, log = train(base, tmp_path / "out", *flags)
+    calls = sys.modules["objective_weighted"].Weighted.calls
+    assert len(calls) == 3
+    for (prediction, target, weight, _), line in zip(calls, log, strict=True):
+        half = target.shape[-1] // 2
+        error = ((prediction.double() - target.double())[..., :half] ** 2).mean(dim=(1, 2, 3))
+        assert line["loss"] == pytest.approx((weight.double() * error).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["serial", "lora"])
+def test_the_model_without_its_adapter_is_the_base_to_the_bit(adapter, base, tmp_path):
+    (tmp_path / "twice.py").write_text(
+        "from slora_diffusers.training.diffusion.objectives import Objective\n"
+        "class Twice(Objective):\n    seen = []\n"
+        "    def losses(self, model, noised):\n        output = model(noised)\n"
+        "        self.seen.append((noised, output.detach(), model.base(noised)))\n"
+        "        return self.compare(output, noised)\n"
+    )
+    flags = ["--objective", f"{tmp_path}/twice.py:Twice", "--adapter", adapter, "--learning_rate", "1e-1"]
+    train(base, tmp_path / "out", *flags, "--label_dropout", "0")
+    transformer = dit.DiTTransformer2DModel.from_pretrained(base / "transformer").eval()
+    seen = sys.modules["objective_twice"].Twice.seen
+    for number, (noised, ours, reference) in enumerate(seen):
+        labels = torch.tensor([item.label for item in noised.batch.items])
+        with torch.no_grad():
+            expected = transformer(noised.xt, timestep=noised.timesteps, class_labels=labels).sample
+        torch.testing.assert_close(reference, expected)
+        assert torch.allclose(ours, expected, atol=1e-5) == (number == 0)
+
+
+def test_a_base_that_is_gone_is_an_error(base, tmp_path):
+    (tmp_path / "mine.py").write_text(examples()["KeepTheBase"])
+    with pytest.raises(SerialLoraError, match="this objective needs it"):
+        train(base, tmp_path / "out", "--objective", f"{tmp_path}/mine.py:KeepTheBase", "--adapter", "full")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objective", "huber"], "must be auto, .*FILE.py:CLASS"),
+        (["--objective", "nowhere.py:Thing"], "cannot be loaded"),
+        (["--objective", "nowhere:Thing"], "cannot be loaded"),
+        (["--objective", "json:JSONDecoder"], "has no class JSONDecoder that inherits Objective"),
+        (["--objective_args", "c=1"], "Objective has no such setting; it has: none"),
+        (["--logit_mean", "1"], "logit_mean shapes the times and weights of flows"),
+        (["--weighting_scheme", "cosmap"], "--weighting_scheme shapes"),
+        (["--min_timestep", "900", "--max_timestep", "100"], "no times are drawn between timesteps 900 and 100"),
+    ],
+)
+def test_a_setting_that_no_objective_knows_is_an_error(flags, message):
+    with pytest.raises(SerialLoraError, match=message):
+        objective_for(DDIMScheduler(), options(*flags)).process.stratified_times(2)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+@pytest.mark.parametrize("c", [0.05, 1.0])
+def test_each_comparison_is_its_formula(name, c):
+    p, t = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
+    difference = p - t
+    expected = {
+        "l2": difference**2,
+        "l1": difference.abs(),
+        "huber": 2 * c * ((difference**2 + c**2).sqrt() - c),  # as kohya's scripts
+        "smooth_l1": 2 * ((difference**2 + c**2).sqrt() - c),
+    }[name]
+    objective = objective_for(DDIMScheduler(), options("--loss_type", name, "--huber_c", str(c)))
+    without = types.SimpleNamespace(mask=None)
+    torch.testing.assert_close(objective.loss(p, t, without), expected.mean(dim=(1, 2, 3)))
+    mask = torch.rand(3, 1, 5, 5, dtype=torch.float64)
+    masked = (mask * expected).sum(dim=(1, 2, 3)) / (4 * mask.sum(dim=(1, 2, 3)))
+    torch.testing.assert_close(objective.loss(p, t, types.SimpleNamespace(mask=mask)), masked)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1000), (200, 700), (0, 50), (950, 1000)])
+@pytest.mark.parametrize("kind", ["diffusion", "uniform", "logit_normal", "mode"])
+def test_a_range_of_timesteps_is_the_distribution_inside_it(kind, low, high):
+    """Against sampling the whole distribution and throwing away what lies outside."""
+    scheduler = DDIMScheduler() if kind == "diffusion" else FlowMatchEulerDiscreteScheduler(shift=3.0)
+    more = {} if kind == "diffusion" else {"density": kind}
+    whole = process_for(scheduler, **more)
+    part = process_for(scheduler, **more, between=(float(low), float(high)))
+    everywhere = whole.timesteps(whole.stratified_times(40000)).double()
+    inside = everywhere[(everywhere >= low) & (everywhere < high)]
+    drawn = part.timesteps(part.sample_times(generators(0, "times", 0, range(3000)))).double()
+    assert drawn.min() >= low - 1e-3 and drawn.max() <= high
+    at = torch.linspace(0.05, 0.95, 15, dtype=torch.float64)
+    torch.testing.assert_close(drawn.quantile(at), inside.quantile(at), atol=0.05 * (high - low), rtol=0)
+
+
+def test_noise_offset_is_one_number_per_channel(base):
+    class Still:
+        """A batch whose noise is known."""
+
+        prior, masks = torch.zeros(64, dtype=torch.bool), None
+
+        def noise(self, like):
+            return torch.zeros_like(like)
+
+        def draws(self, purpose):
+            return generators(0, purpose, 0, range(64))
+
+    objective = objective_for(DDIMScheduler(), options("--noise_offset", "0.5"))
+    noise = objective.draw(torch.zeros(64, 4, 6, 6), Still()).noise
+    assert (noise - noise[:, :, :1, :1]).abs().max() == 0
+    assert abs(noise[:, :, 0, 0].std().item() - 0.5) < 0.06
+
+
+def test_the_log_has_the_loss_by_range_of_timesteps(base, tmp_path):
+    _, log = train(base, tmp_path, "--max_train_steps", "6", "--train_batch_size", "4", "--max_timestep", "499")
+    names = {name for line in log for name in line if name.startswith("loss/")}
+    assert names == {"loss/t0-250", "loss/t250-500"}
+    one = next(line for line in log if len(names & set(line)) == 1)
+    assert next(one[name] for name in names if name in one) == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_auto_is_the_process_and_its_plain_loss():
+    objective = objective_for(FlowMatchEulerDiscreteScheduler(), options("--objective", "auto"))
+    assert type(objective) is Objective and objective.loss_type == "l2"
