@@ -28,7 +28,7 @@ _RUN_NAMES |= {"clearml": "task_name"}
 
 
 class Log:
-    """Numbers and pictures of a run.
+    """Numbers and pictures of a run; `pictured` are the steps that have a picture.
 
     Args:
         place: The processes; the main one writes.
@@ -38,6 +38,7 @@ class Log:
     def __init__(self, place: Place, options: BaseOptions) -> None:
         self._accelerator, self.folder = place.accelerator, place.output_dir
         self._failed: set[str] = set()
+        self.pictured: set[int] = set()
         if options.report_to:
             specs = specs_of(options)
             settings = {name: str(getattr(options, name)) for name in specs if not specs[name][0].secret}
@@ -61,6 +62,7 @@ class Log:
         with self._only_warned("the folder of pictures"):
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{name}-{step:06d}.png")
+            self.pictured.add(step)
 
         def send(tracker: Any) -> None:
             if tracker.name == "tensorboard":

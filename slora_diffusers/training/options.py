@@ -161,7 +161,7 @@ class OptimizerOptions:
 class ObjectiveOptions:
     """The loss."""
 
-    objective: str = option("auto", "What is minimised: auto, or FILE.py:CLASS or MODULE:CLASS of your own.")
+    objective: str = option("auto", "What is minimised: auto, dpo, or FILE.py:CLASS or MODULE:CLASS of your own.")
     objective_args: dict[str, str] | None = option(None, "Settings of the objective's class, NAME=VALUE.")
     snr_gamma: float | None = option(None, "Gamma of min-SNR weighting, for noise-prediction models.", within=POSITIVE)
     weighting_scheme: str = option("logit_normal", "How a flow's times are drawn, or weighted.", choices=SCHEMES)

@@ -74,6 +74,7 @@ class Run:
         self.done = 0
         if options.resume_from_checkpoint:
             self._resume(checkpoint.find_checkpoint(self.output_dir, options.resume_from_checkpoint))
+        self._began = self.done or -1
         if place.is_main:
             for abandoned in checkpoint.set_aside_after(self.output_dir, self.done):
                 logger.warning("a later checkpoint, of another run, is set aside: %s", abandoned)
@@ -146,6 +147,11 @@ class Run:
         """Write a picture to `<output_dir>/validation` and send it to the trackers that take pictures."""
         self._log.picture(name, image, step)
 
+    def pictures(self, name: str) -> dict[int, Path]:
+        """{step: picture} of this run so far, with those of before it was resumed."""
+        found = {int(p.stem.rpartition("-")[2]): p for p in (self.output_dir / "validation").glob(f"{name}-*.png")}
+        return {step: path for step, path in sorted(found.items()) if step in self._log.pictured or step <= self._began}
+
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this step, with the adapter as it would be saved; every process calls."""
         self._write_checkpoint()
@@ -205,7 +211,7 @@ class Run:
         if self.place.repository is not None:
             options = self.options
             prompts = (getattr(options, name, None) for name in ("validation_prompt", "instance_prompt"))
-            prompt = next((prompt for prompt in prompts if prompt), PROMPT)
+            prompt = next((prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts if prompt), PROMPT)
             settings = {"base_model": options.pretrained_model_name_or_path, "prompt": prompt}
             also = ("config.yaml", "validation/*")
             publish(path, self.place.repository, **settings, token=options.hub_token, also=also)

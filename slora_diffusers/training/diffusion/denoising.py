@@ -14,7 +14,7 @@ from ..methods import without_adapter
 from ..run import Run
 from .objectives import Noised, Objective
 from .samples import Samples
-from .validation import fixed_noise_loss, image_grid
+from .validation import fixed_noise_loss, image_grid, side_by_side
 
 Predict = Callable[[Tensor, Tensor, Batch], Tensor]
 
@@ -89,4 +89,6 @@ class Denoising:
                 with self.run.place.autocast():
                     images = self._draw()
                 self.run.log_picture("images", image_grid(images, self._columns), number)
+                if self.run.place.is_main:
+                    side_by_side(self.run.pictures("images")).save(self.run.output_dir / "steps.png")
         return {"validation_loss": loss}

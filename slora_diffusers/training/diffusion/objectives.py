@@ -162,7 +162,7 @@ def process_settings(options: ObjectiveOptions) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"auto": Objective}
+OBJECTIVES = {"auto": f"{__name__}:Objective", "dpo": f"{__package__}.preferences:DPO"}
 
 
 def objective_class(name: str) -> type[Objective]:
@@ -171,9 +171,7 @@ def objective_class(name: str) -> type[Objective]:
     Raises:
         SerialLoraError: If there is no such class, or it is no `Objective`.
     """
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
-    where, colon, attribute = name.rpartition(":")
+    where, colon, attribute = OBJECTIVES.get(name, name).rpartition(":")
     if not colon:
         raise SerialLoraError(
             f"--objective must be {', '.join(OBJECTIVES)}, FILE.py:CLASS or MODULE:CLASS; got {name!r}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers.training_utils import free_memory
 from PIL import Image
 from torch import Tensor
 
+from ...adapters.contexts import serial_lora_scale
 from ...errors import SerialLoraError
 from ..data.batches import Batch
 from ..data.cache import TensorCache, Tensors, cache_texts, vae_factor
@@ -25,6 +27,7 @@ from ..parsing import FREE, option
 from ..place import Place
 from .class_images import ClassImages
 from .concepts import ConceptOptions, concepts_of, find_concept
+from .preferences import preferences
 from .samples import Samples, evenly_spread
 from .validation import sample_generators
 
@@ -46,8 +49,23 @@ class TextToImageOptions(CommonOptions, ConceptOptions):
     max_sequence_length: int | None = option(
         None, "Tokens of the T5 encoder; the model's own by default.", within=COUNT
     )
-    validation_prompt: str | None = option(
-        None, "Prompt of the validation images; the first caption by default.", resume=FREE
+    rejected_data_dir: str | None = option(
+        None, "For --objective dpo: a rejected image for each one to train on, of the same name."
+    )
+    validation_prompt: list[str] | None = option(
+        None, "Prompts of the validation images; the first caption by default.", resume=FREE
+    )
+    validation_negative_prompt: list[str] | None = option(
+        None, "Negative prompt of the validation images: one, or one for each prompt.", resume=FREE
+    )
+    validation_seeds: list[int] | None = option(
+        None,
+        "Seed of the validation images: one, or one for each prompt; --seed by default.",
+        within="[0, 4294967295]",
+        resume=FREE,
+    )
+    validation_adapter_weights: list[float] | None = option(
+        None, "Weight of the adapter in the validation images: one, or one for each prompt.", within=ANY, resume=FREE
     )
     validation_data_dir: str | None = option(
         None, "Images for the validation loss; the training images by default.", resume=FREE
@@ -60,6 +78,8 @@ def find_instances(options: TextToImageOptions) -> tuple[list[Item], list[Item]]
     Raises:
         SerialLoraError: If there are none, or it is not clear which ones are meant.
     """
+    check_preferences(options)
+    views_of(options, "")
     items: list[Item] = []
     others = (options.output_dir, options.encodings_dir, options.validation_data_dir)
     without = [Path(folder) for folder in others if folder is not None]
@@ -74,6 +94,46 @@ def find_instances(options: TextToImageOptions) -> tuple[list[Item], list[Item]]
     if options.validation_data_dir is not None:
         unseen = find_images(options.validation_data_dir, prompt=options.instance_prompt or items[0].caption).items
     return items, unseen
+
+
+def check_preferences(options: TextToImageOptions) -> None:
+    """Raise SerialLoraError unless rejected images and an objective that knows them come together, and alone."""
+    if options.objective == "dpo" and options.rejected_data_dir is None:
+        raise SerialLoraError("--objective dpo needs --rejected_data_dir.")
+    if options.rejected_data_dir is not None:
+        if options.objective == "auto":
+            raise SerialLoraError("--rejected_data_dir is for --objective dpo, or one of your own: say which.")
+        if options.with_prior_preservation or options.dataset_config:
+            raise SerialLoraError("--rejected_data_dir goes with one data set, and without class images.")
+
+
+@dataclass(frozen=True)
+class View:
+    """One row of validation images; `weight` scales the adapter, None leaves it as it is."""
+
+    prompt: str
+    negative: str
+    seed: int
+    weight: float | None
+
+
+def views_of(options: TextToImageOptions, caption: str) -> list[View]:
+    """The prompts of validation, each with what is its own.
+
+    Raises:
+        SerialLoraError: If there are neither one nor as many seeds, negative prompts or weights as prompts.
+    """
+    prompts = options.validation_prompt or [caption]
+    columns: list[Sequence[Any]] = [prompts]
+    usual = {"validation_negative_prompt": "", "validation_seeds": options.seed, "validation_adapter_weights": None}
+    for name, value in usual.items():
+        given = getattr(options, name) or [value]
+        if len(given) not in (1, len(prompts)):
+            raise SerialLoraError(f"--{name} must be one, or one for each of {len(prompts)} prompts; got {len(given)}.")
+        columns.append(given * len(prompts) if len(given) == 1 else given)
+    if options.validation_adapter_weights and options.adapter != "serial":
+        raise SerialLoraError(f"--validation_adapter_weights scales Serial LoRA; --adapter is {options.adapter}.")
+    return [View(*row) for row in zip(*columns, strict=True)]
 
 
 class Texts:
@@ -175,10 +235,12 @@ class Subject:
             if concept.class_prompt is not None and (options.with_prior_preservation or options.dataset_config)
             for item in self._class_images(concept, *self._square(sides[number], shapes[number]))
         ]
-        self.prompt = options.validation_prompt or items[0].caption
+        if options.rejected_data_dir is not None:
+            self._items, self._prior = preferences(self._items, options.rejected_data_dir)
+        self._views = views_of(options, items[0].caption)
         self.texts = Texts(place, options, pipe, encode, length)
         told = [text for item in (*items, *unseen, *self._prior) for text in (item.caption, *item.variants)]
-        self.texts.fill([*told, self.prompt, ""])
+        self.texts.fill([*told, "", *(text for view in self._views for text in (view.prompt, view.negative))])
 
     def samples(self) -> Samples:
         """The run's batches; latents are cached here, if they are to be."""
@@ -186,18 +248,22 @@ class Subject:
         return Samples(self._place, options, vae, self._items, self._unseen, self.shapes, self._prior)
 
     def draw(self, condition: Callable[[Sequence[str]], Tensors]) -> list[Image.Image]:
-        """Validation images, from the embeddings that `condition` gives for prompts."""
+        """Validation images, a prompt's after the other's, from the embeddings that `condition` gives for prompts."""
+        return [image for view in self._views for image in self._draw(view, condition)]
+
+    def _draw(self, view: View, condition: Callable[[Sequence[str]], Tensors]) -> list[Image.Image]:
         options, count = self._options, self._options.num_validation_images
-        positive, negative = condition([self.prompt] * count), condition([""] * count)
-        drawn = self._pipe(
-            **positive,
-            **{f"negative_{name}": tensor for name, tensor in negative.items()},
-            negative_prompt=None,  # PixArt's is "" by default, and goes with prompts only
-            num_inference_steps=options.validation_inference_steps,
-            generator=sample_generators(options.seed, count),
-            **{self._guidance: options.validation_guidance_scale},
-            **self._settings,
-        )
+        positive, negative = condition([view.prompt] * count), condition([view.negative] * count)
+        with nullcontext() if view.weight is None else serial_lora_scale(self._pipe, view.weight):
+            drawn = self._pipe(
+                **positive,
+                **{f"negative_{name}": tensor for name, tensor in negative.items()},
+                negative_prompt=None,  # PixArt's is "" by default, and goes with prompts only
+                num_inference_steps=options.validation_inference_steps,
+                generator=sample_generators(view.seed, count),
+                **{self._guidance: options.validation_guidance_scale},
+                **self._settings,
+            )
         return _pictures(drawn)
 
     @staticmethod

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..data.batches import Batch, Fetch, masks_of
@@ -53,6 +54,35 @@ def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     for index, image in enumerate(images):
         grid.paste(image, (index % columns * width, index // columns * height))
     return grid
+
+
+def side_by_side(pictures: Mapping[int, Path], most: int = 12, width: int = 320) -> Image.Image:
+    """The pictures of several steps beside each other, each under the number of its step.
+
+    Args:
+        pictures: {step: picture}, in order.
+        most: How many at most: the first, the last, and evenly spread ones between.
+        width: What each is scaled down to, in pixels, if it is wider.
+    """
+    steps = list(pictures)
+    count = min(most, len(steps))
+    chosen = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
+    columns = []
+    for step in chosen:
+        with Image.open(pictures[step]) as picture:
+            small = picture.convert("RGB")
+        if small.width > width:
+            small = small.resize((width, max(1, round(small.height * width / small.width))))
+        column = Image.new("RGB", (max(small.width, 64) + 4, small.height + 16), "white")
+        column.paste(small, (2, 14))
+        ImageDraw.Draw(column).text((2, 1), f"step {step}", fill="black")
+        columns.append(column)
+    sheet = Image.new("RGB", (sum(c.width for c in columns), max(c.height for c in columns)), "white")
+    left = 0
+    for column in columns:
+        sheet.paste(column, (left, 0))
+        left += column.width
+    return sheet
 
 
 def sample_generators(seed: int, count: int) -> list[torch.Generator]:
