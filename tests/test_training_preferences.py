@@ -160,9 +160,9 @@ def test_a_run_starts_from_an_adapter_with_its_rank_and_places(bases, pairs, tmp
     one, other = load_file(first), load_file(second)
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
     assert any(tensor.abs().max() > 0 for key, tensor in one.items() if "lora_B" in key)
-    with pytest.raises(SerialLoraError, match="--rank is 3, and .* has 2: leave it out"):
+    with pytest.raises(SerialLoraError, match=r"--rank is 3, and .* has 2: leave it out"):
         train("sd3", bases, pairs / "chosen", tmp_path / "c", *still, "--rank", "3")
-    with pytest.raises(SerialLoraError, match="does not fit|has nothing for|transformer"):
+    with pytest.raises(SerialLoraError, match=r"does not fit|has nothing for|transformer"):
         train("sigma", bases, pairs / "chosen", tmp_path / "d", "--init_from", str(tmp_path / "a"))
 
 
