@@ -111,6 +111,7 @@ def test_dpo_learns_to_prefer_what_was_chosen(bases, pairs, tmp_path):
         (["--validation_prompt", "a", "b", "c", "--validation_seeds", "1", "2"], "one for each of 3 prompts; got 2"),
         (["--validation_adapter_weights", "0.5", "--adapter", "full"], "scales Serial LoRA"),
         (["--init_from", "{pairs}/none"], "none"),
+        (["--init_from", "x", "--init", "gradient"], "give one of them"),
         (["--init_from", "x", "--adapter", "lora"], "starts from a Serial LoRA adapter"),
     ],
 )

@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from ..config import SerialLoraConfig
+from ..core.pair import GRADIENT
 from ..core.state import matrices_of
 from ..errors import SerialLoraError
 from ..files.fingerprint import describe_base, warn_of_other_base
@@ -31,6 +32,8 @@ def start_of(options: AdapterOptions, component: str) -> tuple[SerialLoraConfig,
         return ours, None
     if options.adapter != "serial":
         raise SerialLoraError(f"--init_from starts from a Serial LoRA adapter; --adapter is {options.adapter}.")
+    if options.init == GRADIENT:
+        raise SerialLoraError("--init gradient looks for a start, and --init_from has one: give one of them.")
     file = AdapterFile.read(options.init_from)
     part = file.components.get(component)
     if part is None or part.config is None:
