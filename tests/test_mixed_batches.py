@@ -205,7 +205,7 @@ def test_what_is_no_list_of_adapters_is_refused(bad):
         pipe.serial_lora_batch(["a"], images_per_prompt=0)
 
 
-@pytest.mark.parametrize(("prompts", "images", "branches"), itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 3)))
+@pytest.mark.parametrize(("prompts", "images", "branches"), list(itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 3))))
 def test_rows_are_branches_of_prompts_of_images(prompts, images, branches):
     rows = rows_of(prompts, prompts * images * branches, images, torch.nn.Identity())
     wanted = [prompt for _ in range(branches) for prompt in range(prompts) for _ in range(images)]
