@@ -1,0 +1,116 @@
+"""What the pages and the README show runs as it stands, on tiny models in folders of the names that they use.
+
+vision.md, convert.md and architectures.md have tests of their own, beside what they describe.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+
+import slora_diffusers as sl
+from slora_diffusers.recipes import catalog
+from slora_diffusers.training.parsing import parse
+from tests.adapters import add_random_adapter
+from tests.tiny.pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+RUN = ("index", "concepts", "choosing", "adapters")
+SD3 = ("stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3-medium-diffusers")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder in which the ids of the pages are tiny models, and the adapters that they load are there."""
+    monkeypatch.chdir(tmp_path)
+    pipe: Any = tiny_sd3_pipeline()
+    for name in SD3:
+        pipe.save_pretrained(name)
+    tiny_dit_pipeline().save_pretrained("facebook/DiT-XL-2-256")
+    pipe = DiffusionPipeline.from_pretrained(SD3[0])
+    for seed, name in enumerate(("my-adapter", "style", "subject")):
+        add_random_adapter(pipe.transformer, name, seed)
+        pipe.save_serial_lora(name, name)
+    # The pictures' size belongs to the tiny models, not to the page.
+    call = type(pipe).__call__
+    monkeypatch.setattr(
+        type(pipe), "__call__", lambda self, *a, **k: call(self, *a, **{"height": 32, "width": 32, **k})
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_blocks_of_a_page_run_one_after_the_other(page, world):
+    code = blocks(ROOT / "docs" / f"{page}.md", "python")
+    names: dict[str, Any] = {}
+    assert code
+    for number, block in enumerate(code):
+        exec(compile(block, f"docs/{page}.md, block {number + 1}", "exec"), names)
+
+
+def test_every_python_block_is_run_somewhere():
+    elsewhere = {"vision", "convert", "architectures"}
+    assert {path.stem for path in PAGES if blocks(path, "python")} == {*RUN, *elsewhere}
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every `slora train`, recipe and script that a page or the README shows in full."""
+    found = []
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES):
+        for block in re.findall(
+            r"^```(?:bash)?\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = re.sub(r"\s+#.*", "", line).strip()
+                if re.match(r"(accelerate launch|slora train \w)", line) and "..." not in line:
+                    found.append((path.name, line))
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_command_is_one_that_the_recipe_takes(page, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if word == "train" or word.endswith(".py"))
+    name = words[at + 1] if words[at] == "train" else Path(words[at]).stem.removeprefix("train_")
+    flags = words[at + (2 if words[at] == "train" else 1) :]
+    if "--example" in flags or "--help" in flags:
+        return
+    from slora_diffusers.cli.train import split
+
+    recipe = catalog.load(name)
+    if "--config" in flags:
+        Path(flags[flags.index("--config") + 1]).write_text(catalog.example(name))
+    assert parse(recipe.Options, "", split(flags)[1])
+
+
+def anchors(path: Path) -> set[str]:
+    """The places in a page that a link can name."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_api_page_has_every_public_name():
+    listed = re.findall(r"^::: slora_diffusers\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(sl.__all__)
+    assert all(getattr(sl, name).__doc__ for name in listed)
