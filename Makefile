@@ -9,7 +9,7 @@ INSTALL := bin/pip install --quiet --disable-pip-version-check
 FAST := -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest benchmark lint format clean
+.PHONY: help demo test test-all test-oldest benchmark lint docs docs-serve format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,12 +40,18 @@ lint: $(VENV)/.lint ## Check format, style, types and the docs' tables
 	$(BIN)/pyright
 	$(RUN) -m docs.build_tables --check
 
+docs: $(VENV)/.docs ## Build the documentation site (site/), warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs ## Show the site while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 format: $(VENV)/.lint ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the virtual environments and everything generated
-	rm -rf $(VENV) .venv-demo .venv-oldest outputs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-demo .venv-oldest outputs site build dist *.egg-info .pytest_cache .ruff_cache
 
 # torch first and by its pin alone: a later requirement then finds it there.
 $(VENV)/.torch .venv-demo/.torch: constraints.txt
@@ -67,6 +73,10 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.lint: $(VENV)/.test
 	$(VENV)/$(INSTALL) -c constraints.txt -e '.[lint]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	$(VENV)/$(INSTALL) -c constraints.txt -e '.[docs]'
 	touch $@
 
 .venv-oldest/.done: constraints-oldest.txt pyproject.toml

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 import slora_diffusers as sl
@@ -18,6 +19,7 @@ from slora_diffusers.recipes import catalog
 from slora_diffusers.training.parsing import parse
 from tests.adapters import add_random_adapter
 from tests.tiny.pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
+from tests.tiny.vision import SIZE, VISION
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -52,14 +54,15 @@ def world(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", RUN)
 def test_blocks_of_a_page_run_one_after_the_other(page, world):
     code = blocks(ROOT / "docs" / f"{page}.md", "python")
-    names: dict[str, Any] = {}
+    images, labels = torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1])
+    names: dict[str, Any] = {"model": VISION["ViTForImageClassification"].build(), "batches": [(images, labels)]}
     assert code
     for number, block in enumerate(code):
         exec(compile(block, f"docs/{page}.md, block {number + 1}", "exec"), names)
 
 
 def test_every_python_block_is_run_somewhere():
-    elsewhere = {"vision", "convert", "architectures"}
+    elsewhere = {"vision", "convert", "architectures", "coming-from-peft"}
     assert {path.stem for path in PAGES if blocks(path, "python")} == {*RUN, *elsewhere}
 
 
@@ -72,7 +75,7 @@ def commands() -> list[tuple[str, str]]:
         ):
             for line in block.replace("\\\n", " ").splitlines():
                 line = re.sub(r"\s+#.*", "", line).strip()
-                if re.match(r"(accelerate launch|slora train \w)", line) and "..." not in line:
+                if re.match(r"(accelerate launch.* train_scripts/|slora train \w)", line) and "..." not in line:
                     found.append((path.name, line))
     return found
 
