@@ -28,6 +28,7 @@ def test_demo_makes_what_it_says(tmp_path, short):
     console = Console(file=io.StringIO(), width=160)
     result = run.run_demo(tmp_path / "demo", console=console, part="generation")
     printed = console.file.getvalue()
+    assert "Drawing with the base ..." in printed.splitlines()  # no terminal, so a line as each task begins
     assert list(result.files) == ["contact sheet", "adapter", "metrics"] and result.vision is None
     for path in result.files.values():
         assert path.exists() and str(path) in printed

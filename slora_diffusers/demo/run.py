@@ -6,11 +6,12 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..errors import SerialLoraError
@@ -70,7 +71,7 @@ def run_demo(
     started, face, output_dir, console = time.time(), NEW_STYLES[style], Path(output_dir), console or Console()
     output_dir.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with (Progress if console.is_terminal else _Lines)(*columns, console=console) as progress:
         generation = run_generation(output_dir, face, seed, progress) if part != "vision" else None
         vision = run_vision(output_dir, face, seed, progress) if part != "generation" else None
     metrics = output_dir / "metrics.json"
@@ -86,6 +87,18 @@ def run_demo(
     result = DemoResult(metrics, generation, vision, time.time() - started)
     _summarise(console, face, result)
     return result
+
+
+class _Lines(Progress):
+    """Where nothing can be drawn over, as in a log: a line as each task begins, and no bars."""
+
+    def __init__(self, *columns: Any, console: Console) -> None:
+        super().__init__(*columns, console=console, disable=True)
+
+    def add_task(self, description: str, *arguments: Any, **more: Any) -> TaskID:
+        """Print the task's name and keep it, as a `Progress` does."""
+        self.console.print(f"{description} ...", highlight=False)
+        return super().add_task(description, *arguments, **more)
 
 
 def _summarise(console: Console, face: Face, result: DemoResult) -> None:
