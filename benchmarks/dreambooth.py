@@ -77,7 +77,7 @@ def write_crops(name: str, count: int, folder: Path, caption: str | None, seed: 
 
 
 def train(family: Family, base: Path, images: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
-    """Run the recipe in a process of its own; gives its log."""
+    """Run the recipe in a process of its own; returns its log."""
     fixed = {
         "pretrained_model_name_or_path": base, "instance_data_dir": images, "output_dir": out, "resolution": RESOLUTION,
         "max_sequence_length": 16, "num_validation_images": 0, "checkpointing_steps": 0, "rank": 8,

@@ -89,7 +89,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_results(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write `<folder>/<name>.json`, numbers to four significant digits, and give its path."""
+    """Write `<folder>/<name>.json`, numbers to four significant digits, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(_rounded(results), indent=1) + "\n")

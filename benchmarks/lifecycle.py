@@ -156,7 +156,7 @@ def measure(libraries: Mapping[str, Library], timer: Timer) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure, write, and give the path of the results."""
+    """Measure, write, and return the path of the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7, help="How many lives of each library are timed.")
     parser.add_argument("--threads", type=int, default=1, help="Threads that torch may use.")

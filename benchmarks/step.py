@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure, write, and give the path of the results."""
+    """Measure, write, and return the path of the results."""
     options = parse(argv)
     torch.set_num_threads(options.threads)
     timer = Timer(options.rounds, clock=options.clock)

@@ -42,7 +42,7 @@ def add_random_adapter(model: nn.Module, inputs: tuple[str, ...] | None) -> None
 
 
 def fuse_by_hand(model: nn.Module, adapted: nn.Module) -> int:
-    """W <- W + s (W B) A in float64, the LoRA of each projection; gives how many weights that changed."""
+    """W <- W + s (W B) A in float64, the LoRA of each projection; returns how many weights that changed."""
     count = 0
     for name, A in adapted.named_parameters():
         if ".lora_A_" not in f".{name}":

@@ -27,7 +27,7 @@ COMMANDS = ["demo", "inspect", "export", "compress", "merge", "fuse", "verify"]
 
 
 def slora(*arguments, code=0):
-    """Run the command; gives standard output, or what went to standard error if it failed."""
+    """Run the command; returns standard output, or what went to standard error if it failed."""
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == code, result.output
     return result.stderr if code == 1 else result.stdout

@@ -1,6 +1,6 @@
 """Exported LoRAs of every family: stock diffusers, stock PEFT and ComfyUI's key rules give the adapter's output.
 
-ComfyUI is judged by what its loader does, written here anew: a checkpoint under the original names gets
+ComfyUI is represented by what its loader does, written again here: a checkpoint under the original names gets
 `W += alpha / rank up down` for each key `lora_unet_<name with underscores>`; a key that names no weight is an error.
 """
 

@@ -1,4 +1,4 @@
-"""Our tables of original module names, judged by diffusers' own converters of original checkpoints.
+"""Our tables of original module names, compared with diffusers' own converters of original checkpoints.
 
 A checkpoint under the names of a table, whose rows are numbered, goes through the converter; every Linear has to come
 out with the rows that the table gives it. The models are on the meta device, at the widths that converters insist on.

@@ -236,7 +236,7 @@ def test_glyphs_train_on_the_seen_letters_and_validate_on_the_others(bases, tmp_
         (["--glyphs", "script"], "give one of"),
         (["--pretrained_model_name_or_path", "/none"], "/none"),
         (["--snr_gamma", "5"], "snr_gamma"),
-        (["--resume_from_checkpoint", "checkpoint-3"], "is no checkpoint"),
+        (["--resume_from_checkpoint", "checkpoint-3"], "is not a checkpoint"),
     ],
 )
 def test_mistakes_are_found_before_training(bases, photos, tmp_path, flags, message):

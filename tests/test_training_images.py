@@ -31,7 +31,7 @@ def write(path, seed=0, **more):
 
 
 def damage(path, how):
-    """Make a file that is no whole image, in one of the ways that are seen."""
+    """Make a file that is not a complete image, in one of the ways that are seen."""
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(flipped) // 2] ^= 0xFF

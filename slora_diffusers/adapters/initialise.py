@@ -31,7 +31,7 @@ from .lifecycle import logger
 
 
 class NotFiniteError(SerialLoraError):
-    """The gradient overflows, or is no number."""
+    """The gradient overflows, or is not a number."""
 
 
 Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
@@ -120,7 +120,7 @@ def gradient_starts(
         passes: As for `initialize_serial_lora`.
 
     Raises:
-        SerialLoraError: If `passes` is no number of passes, no pair sees a gradient, or one is not finite.
+        SerialLoraError: If `passes` is not a number of passes, no pair sees a gradient, or one is not finite.
     """
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise SerialLoraError(f"passes must be a whole number of at least 1; got {passes!r}.")

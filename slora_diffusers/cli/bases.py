@@ -45,8 +45,8 @@ def load_base(base: str, dtype: str = "float32") -> Any:
     config = _has(base, "config.json")
     if config is None:
         raise SerialLoraError(
-            f"{base} is no folder and no Hub repository with a model_index.json or a config.json. Give the base that "
-            "the adapter was trained on, with --base."
+            f"{base} is neither a folder nor a Hub repository with a model_index.json or a config.json. Give the base "
+            "that the adapter was trained on, with --base."
         )
     return _load_model(base, json.loads(config.read_text(encoding="utf-8")), kind)
 

@@ -109,7 +109,7 @@ def _compare_pairs(model: Any) -> dict[str, float]:
 
 
 def _stock_lora(model: Any, models: dict[str, nn.Module], folder: Path) -> Callable[[], str | None] | None:
-    """Write the exported LoRA; gives what loads it with stock code, or None without PEFT."""
+    """Write the exported LoRA; returns what loads it with stock code, or None without PEFT."""
     try:
         import peft
     except ImportError:

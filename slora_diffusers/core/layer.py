@@ -56,7 +56,7 @@ class SerialLoraPair(nn.Module):
         self.activate({n: w for n, w in self.weights.items() if n != name})
 
     def activate(self, weights: dict[str, float]) -> None:
-        """Make exactly these adapters active, w_i given; adapters that the pair does not hold are passed over."""
+        """Make exactly these adapters active, w_i given; adapters that the pair does not hold are skipped."""
         # Sorted, so that the sum, and its rounding, does not depend on the order in which adapters came.
         self.weights = {name: weights[name] for name in sorted(weights) if name in self.scaling}
         self.gains = {name: w * self.scaling[name] for name, w in self.weights.items() if w * self.scaling[name]}

@@ -75,7 +75,7 @@ class Storage:
             called: What messages call the tensor.
 
         Raises:
-            AdapterStateError: If the owner does not give it, or it is no ordinary matrix of floats.
+            AdapterStateError: If the owner does not give it, or it is not an ordinary matrix of floats.
         """
         W = self.peek(module, name)
         if W is None and getattr(module, name, None) is not None:

@@ -3,7 +3,7 @@
 A *face* is a font file and the alphabet to take from it: the plain capitals, or one of Unicode's mathematical
 alphabets, which is where STIX keeps its script, calligraphic and double-struck letters.
 `PRETRAINING_FACES` are what the base model sees. `NEW_STYLES` are never shown to it; the adapter is trained on
-`SEEN_LETTERS` of one of them and judged on `HELD_OUT_LETTERS` of the same face.
+`SEEN_LETTERS` of one of them and tested on `HELD_OUT_LETTERS` of the same face.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..errors import SerialLoraError
 IMAGE_SIZE = 32
 LETTERS = string.ascii_uppercase  # class id = position in the alphabet
 SEEN_LETTERS = LETTERS[0::2]  # A C E ... Y: what the adapter is trained on
-HELD_OUT_LETTERS = LETTERS[1::2]  # B D F ... Z: what it is judged on
+HELD_OUT_LETTERS = LETTERS[1::2]  # B D F ... Z: what it is tested on
 
 _SUPERSAMPLING = 4  # glyphs are drawn this much larger, transformed, then averaged down
 _EM_PIXELS = 27  # size of the em square in the final image: capitals are about 20 pixels high

@@ -1,7 +1,7 @@
 """The demo's pictures for vision: a capital in one colour over a crop of a photograph, its class and its mask.
 
 The photograph is the portrait of Grace Hopper that matplotlib ships. Training crops come from its left half, the crops
-that a model is judged on from its right half.
+that a model is tested on from its right half.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Training:
     """How the heads, and the adapters with them, are trained; every method sees the same scenes in the same order."""
 
     drawings: int = 16  # of each letter, in new colours and over new crops at every step
-    test: int = 8  # scenes of each letter that the models are judged on
+    test: int = 8  # scenes of each letter that the models are tested on
     steps: int = 400
     batch_size: int = 26
     learning_rate: float = 1e-2
@@ -115,7 +115,7 @@ class Vision:
 
 
 def run_vision(output_dir: Path, face: Face, seed: int, progress: Progress) -> Vision:
-    """Trains a classifier and a segmenter of a style's letters, judges them on other scenes, and draws the results."""
+    """Trains a classifier and a segmenter of a style's letters, tests them on other scenes, and draws the results."""
     test = scenes([face], TRAINING.test, seed + 1, held_out=True)
     rows, models, difference = [], {}, 0.0
     logits: dict[str, dict[str, Tensor]] = {}

@@ -72,7 +72,7 @@ class Base:
         except (binascii.Error, ValueError) as error:
             raise AdapterFileError(f"{where} has a fingerprint that is not base64: {error}.") from error
         if len(sample) % 4 or len(sample) > 2**16:
-            raise AdapterFileError(f"{where} has a fingerprint of {len(sample)} bytes, which are no float32 numbers.")
+            raise AdapterFileError(f"{where} has a fingerprint of {len(sample)} bytes, which are not float32 numbers.")
         return cls(*texts)
 
 

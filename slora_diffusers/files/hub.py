@@ -143,7 +143,7 @@ def publish(
     commit_message: str = "Upload a Serial LoRA adapter",
     also: Sequence[str] = (),
 ) -> str:
-    """Upload a saved adapter, a model card and the pictures of its folder; gives the address of the commit.
+    """Upload a saved adapter, a model card and the pictures of its folder; returns the address of the commit.
 
     Args:
         file: The adapter's file. Of its folder, only the card, pictures and what `also` names go along.
@@ -243,7 +243,7 @@ def base_id(components: Mapping[str, Component]) -> str | None:
 
 
 def reserve_repository(name: str | Path, token: str | None = None) -> str:
-    """Create a repository, or find that it is there, before the work that it is for; gives its Hub id.
+    """Create a repository, or find that it is there, before the work that it is for; returns its Hub id.
 
     Args:
         name: Hub id, or a folder, whose name it takes.

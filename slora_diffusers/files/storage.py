@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> AdapterTensors:
     """The tensors of a file and the JSON of its header.
 
     Raises:
-        AdapterFileError: If the file is damaged, or its header is no JSON or longer than any adapter's.
+        AdapterFileError: If the file is damaged, or its header is not JSON or longer than any adapter's.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -162,7 +162,9 @@ def _split(x: Tensor, image: Tensor, backbone: nn.Module, of_layer: bool = False
             channels_last = last and (not first or _channels_last(backbone, of_layer))
             return None, x.permute(0, 3, 1, 2) if channels_last else x
     elif known is None:
-        raise ArchitectureError(f"{type(backbone).__name__} does not tell its patch size, so its tokens are no map.")
+        raise ArchitectureError(
+            f"{type(backbone).__name__} does not tell its patch size, so its tokens cannot be laid out as a map."
+        )
     else:
         prefixes = {grids[0]: _prefixes(backbone), **{grid: {0} for grid in grids[1:]}}
         for (h, w), allowed in prefixes.items():

@@ -290,7 +290,7 @@ def open_model(
             if len(report["missing_keys"]) < len(model.state_dict()):  # a part of a model may not find its weights
                 return model
     except (OSError, ValueError) as error:
-        raise SerialLoraError(f"{str(model_or_id)!r} is no model that transformers can open: {error}") from error
+        raise SerialLoraError(f"{str(model_or_id)!r} is not a model that transformers can open: {error}") from error
     raise SerialLoraError(f"{str(model_or_id)!r} holds none of the weights of a {type(model).__name__}.")
 
 

@@ -32,7 +32,7 @@ def single_label(logits: Tensor, labels: Tensor) -> Tensor:
         _check_range(labels, 0, 1, "probabilities")
         if not torch.allclose(labels.float().sum(1), labels.new_ones(len(labels)).float(), atol=0.02):
             raise SerialLoraError(
-                "The labels are floats whose rows do not sum to 1, so they are no probabilities of classes. Several "
+                "The labels are floats whose rows do not sum to 1, so they are not probabilities of classes. Several "
                 'labels for an image need problem_type="multi_label_classification", numbers "regression".'
             )
         return F.cross_entropy(logits, labels.to(logits))

@@ -91,7 +91,7 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
             labels: (B, H', W') class indices, at any size; pixels of 255 count for nothing.
 
         Raises:
-            SerialLoraError: If the labels are of another shape, no whole numbers, or out of range.
+            SerialLoraError: If the labels are of another shape, not whole numbers, or out of range.
 
         Returns:
             transformers' `SemanticSegmenterOutput`.

@@ -32,7 +32,7 @@ def _shown(entry: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Print a table of the likeliest classes of every image, and give them; --json writes them too."""
+    """Print a table of the likeliest classes of every image, and return them; --json writes them too."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("--top", type=int, default=3, help="Classes to show of each image.")
     parser.add_argument("--json", type=Path, help="File to write the results to.")

@@ -19,7 +19,7 @@ from .generation import adapted, add_adapter_options, default_device, drawn_toge
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Draw, and give the picture's path."""
+    """Draw, and return the picture's path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", nargs="+", required=True, help="Class ids, or labels that the checkpoint knows.")
     add_adapter_options(parser, guidance_scale=4.0, output="outputs/dit.png")

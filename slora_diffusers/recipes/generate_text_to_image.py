@@ -27,7 +27,7 @@ from .generation import adapted, add_adapter_options, default_device, drawn_toge
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Draw, and give the picture's path."""
+    """Draw, and return the picture's path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompts", nargs="+", help="Prompts.")

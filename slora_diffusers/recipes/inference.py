@@ -107,7 +107,7 @@ def predictions(
         model: The model to apply.
         paths: Image files.
         options: Those of `make_parser`.
-        skipped: Files that are no whole image are noted here, with the reason, and left out.
+        skipped: Files that are not complete images are noted here, with the reason, and left out.
 
     Raises:
         SerialLoraError: If no file is an image.

@@ -42,7 +42,7 @@ def draw_requests(
         The images of this process.
 
     Raises:
-        SerialLoraError: If a line is no request, before anything is drawn; or if some could not be drawn, after all
+        SerialLoraError: If a line is not a request, before anything is drawn; or if some could not be drawn, after all
             others have been.
     """
     bodies = [_body(file, number, line, defaults) for number, line in _lines(file)]

@@ -18,7 +18,7 @@ class Pair:
             reads what its projections read, wherever that comes from (after a norm inside the attention, say): it is
             then computed in front of each of them.
         projections: Linear submodules of the site, by path, that read these inputs; nothing else may. Those that a
-            given model does not have (`add_q_proj` of a block without text queries) are passed over.
+            given model does not have (`add_q_proj` of a block without text queries) are skipped.
         name: Name in files and in `config.inputs`; by default the first input.
         without: A submodule; sites that have it pass this pair over.
     """

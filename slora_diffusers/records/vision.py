@@ -2,7 +2,7 @@
 
 They are matched by the class of one block, which every model of the family (headless, with a head, as a backbone or
 inside another model) is built from. Where transformers 4 and 5 name the modules of a block differently, the record
-names both; what a block does not have is passed over.
+names both; what a block does not have is skipped.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def sentence(errors: list[Any]) -> str:
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["type"] == "extra_forbidden":
         allowed = [field.alias or name for name, field in Body.model_fields.items()]
-        return f"{where!r} is no field of a request; these are: {', '.join(allowed)}."
+        return f"{where!r} is not a field of a request; these are: {', '.join(allowed)}."
     given = repr(first.get("input"))
     given = given if len(given) <= 80 else f"{given[:77]}..."
     return f"{where or 'The body'}: {first['msg'][:1].lower()}{first['msg'][1:]}; got {given}."

@@ -104,7 +104,7 @@ def build(args: dict[str, str]) -> Application:
     given = {"base": "demo", "min_replicas": "1", "max_replicas": "1", "megabytes": "1024", "dtype": "float32"} | args
     known = {"base", "adapters", "hub", "min_replicas", "max_replicas", "megabytes", "dtype"}
     if unknown := sorted(set(given) - known):
-        raise SerialLoraError(f"{unknown[0]!r} is no argument; these are: {', '.join(sorted(known))}.")
+        raise SerialLoraError(f"{unknown[0]!r} is not an argument; these are: {', '.join(sorted(known))}.")
     scale = {"min_replicas": int(given["min_replicas"]), "max_replicas": int(given["max_replicas"])}
     adapters = os.path.abspath(given["adapters"]) if "adapters" in given else None
     hub = [name for name in given.get("hub", "").split(",") if name]

@@ -85,7 +85,7 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     """The checkpoint that --resume_from_checkpoint names: the last one for "latest" (None if there is none yet).
 
     Raises:
-        SerialLoraError: If a folder is named that is no complete checkpoint.
+        SerialLoraError: If a folder is named that is not a complete checkpoint.
     """
     if name == "latest":
         return (checkpoints(output_dir) or [None])[-1]
@@ -93,7 +93,7 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
         if (path / STATE_NAME).is_file():
             return path
     have = ", ".join(path.name for path in checkpoints(output_dir)) or "none"
-    raise SerialLoraError(f"--resume_from_checkpoint {name} is no checkpoint; {output_dir} has: {have}.")
+    raise SerialLoraError(f"--resume_from_checkpoint {name} is not a checkpoint; {output_dir} has: {have}.")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

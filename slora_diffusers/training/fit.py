@@ -77,7 +77,7 @@ class Validation(Callback):
     """Every --validation_steps, at the last step, and before the first.
 
     Args:
-        evaluate: Scores of the weights to judge at a step; whatever else it does goes with them.
+        evaluate: Scores of the weights at a step; whatever else it does goes with them.
         best: Notes the scores, and may stop the training.
     """
 
@@ -139,7 +139,7 @@ class Best:
         self.scores: dict[str, float] = {}
 
     def note(self, run: Run, scores: dict[str, float]) -> None:
-        """Note scores, inside `run.evaluation()`, where parameters are those that were judged."""
+        """Note scores, inside `run.evaluation()`, where parameters are those that were evaluated."""
         better = scores[self.score] > self.best
         self.waited = 0 if better else self.waited + 1
         self.best = max(self.best, scores[self.score])

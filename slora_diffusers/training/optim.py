@@ -61,7 +61,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class behind a name of `OPTIMIZERS`, or module.Class.
 
     Raises:
-        SerialLoraError: If the name is unknown, its library is not installed, or it is no optimizer.
+        SerialLoraError: If the name is unknown, its library is not installed, or it is not an optimizer.
     """
     choice = _choice(name)
     try:

@@ -130,7 +130,7 @@ class Optimization:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Inside, the models are in eval mode, with the weights to judge: averaged, or a schedule-free optimizer's."""
+        """Inside, models are in eval mode, with the weights to evaluate: averaged, or a schedule-free optimizer's."""
         modes = [(module, module.training) for model in self.models.values() for module in model.modules()]
         parameters = self.parameters()
         with evaluation_weights(self.optimizer), torch.no_grad():

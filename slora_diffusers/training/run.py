@@ -136,7 +136,7 @@ class Run:
             logger.info("%s  %s", name.ljust(width), line)
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Inside, the models are in eval mode, with the weights to judge: averaged, or a schedule-free optimizer's."""
+        """Inside, models are in eval mode, with the weights to evaluate: averaged, or a schedule-free optimizer's."""
         return self.optimization.evaluation()
 
     def log(self, values: Mapping[str, float], step: int) -> None:

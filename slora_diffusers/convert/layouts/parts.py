@@ -74,7 +74,7 @@ class Module:
 
 @dataclass
 class Parts:
-    """A file's modules, and its keys that are no part of one."""
+    """A file's modules, and its keys that are not part of one."""
 
     modules: dict[str, Module] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)

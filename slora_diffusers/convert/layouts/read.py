@@ -80,7 +80,7 @@ class ReadLora:
         parts: {component: {path of a Linear: its change}}.
         elsewhere: Modules of components that are not among the models.
         unknown: Modules whose name no Linear of the models has.
-        rest: Keys that are no part of any module.
+        rest: Keys that are not part of any module.
         tensors: The file as it is, for keeping what is left.
     """
 

@@ -47,7 +47,9 @@ class TensorCache:
         try:
             return load_file(self._path(key))
         except (OSError, SafetensorError) as error:
-            raise SerialLoraError(f"{self._path(key)} is damaged ({error}): delete it, to be made anew.") from error
+            raise SerialLoraError(
+                f"{self._path(key)} is damaged ({error}): delete it, and it is made again."
+            ) from error
 
     def __setitem__(self, key: str, tensors: Tensors) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

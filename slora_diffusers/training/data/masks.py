@@ -111,7 +111,7 @@ def read_mask(path: Path, label_map: LabelMap) -> Mask:
     """One mask as class indices (H, W) of uint8, 255 where a pixel does not count.
 
     Raises:
-        SerialLoraError: If the file is no image, or holds a value or colour that the map does not name.
+        SerialLoraError: If the file is not an image, or holds a value or colour that the map does not name.
     """
     with opened(path) as image:
         return whole(partial(mask_of, label_map=label_map, name=str(path)), image, str(path))
@@ -162,5 +162,5 @@ def _keys(label_map: LabelMap) -> dict[str, int]:
 
 def _whole(value: Any, most: int) -> int:
     if isinstance(value, bool) or int(value) != float(value) or not 0 <= int(value) <= most:
-        raise ValueError(f"{value!r} is no whole number from 0 to {most}")
+        raise ValueError(f"{value!r} is not a whole number from 0 to {most}")
     return int(value)

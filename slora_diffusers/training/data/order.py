@@ -27,7 +27,7 @@ def bucket_shapes(resolution: int, buckets: str | None, multiple: int) -> list[S
         multiple: What every side must be a multiple of (VAE factor times patch size).
 
     Raises:
-        SerialLoraError: If a side is no multiple, or the text cannot be read.
+        SerialLoraError: If a side is not a multiple, or the text cannot be read.
     """
     if buckets == "auto":
         return generate_aspect_ratio_buckets(resolution, divisibility=multiple)

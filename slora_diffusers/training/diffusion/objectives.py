@@ -169,7 +169,7 @@ def objective_class(name: str) -> type[Objective]:
     """The class behind --objective: a name of `OBJECTIVES`, FILE.py:CLASS or MODULE:CLASS.
 
     Raises:
-        SerialLoraError: If there is no such class, or it is no `Objective`.
+        SerialLoraError: If there is no such class, or it is not an `Objective`.
     """
     where, colon, attribute = OBJECTIVES.get(name, name).rpartition(":")
     if not colon:
