@@ -6,6 +6,8 @@ ComfyUI is represented by what its loader does, written again here: a checkpoint
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -39,7 +41,8 @@ def test_comfyui_patches_the_original_checkpoint_to_the_fused_model(family, tmp_
     model = adapted(family)
     (path,) = sl.export_lora(model, tmp_path, format="kohya").files
     base = TINY[family].build()
-    linears, places = linears_of(base), dotted_names(base, aliases_first=False)
+    linears: dict[str, Any] = dict(linears_of(base))
+    places = dotted_names(base, aliases_first=False)
     checkpoint = {
         name: torch.cat([linears[p].weight[rows.argsort()] for p, rows in place.paths.items()])
         for name, place in places.items()

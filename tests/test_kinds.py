@@ -245,12 +245,24 @@ class TestNothingIsHalfRead:
         assert torch.equal(kept[key], ODD[key])
         assert "1 keys are not understood, and kept as they were" in str(report)
 
-    def test_modules_of_no_name_are_refused_or_kept(self, lora, tmp_path):
-        more = {f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
-        with pytest.raises(
-            sl.SerialLoraError, match=r"1 modules are not in DiTTransformer2DModel \(diffusion_model\.dou"
-        ):
+    @pytest.mark.parametrize(
+        "name",
+        ["diffusion_model.double_blocks.0.img_attn.qkv", "transformer.blocks.0.attn", "unet.mid", "lora_unet_mid"],
+    )
+    def test_modules_of_no_name_are_refused_or_kept(self, lora, name, tmp_path):
+        more = {f"{name}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+        with pytest.raises(sl.SerialLoraError, match=rf"1 modules are not in DiTTransformer2DModel \({name}\)"):
             sl.compress_lora(TINY_DIT.build(), lora | more, rank=4)
+        report = sl.compress_lora(TINY_DIT.build(), lora | more, rank=4, keep_rest=tmp_path)
+        assert set(load_file(report.rest[0])) == set(more)
+
+    @pytest.mark.parametrize(
+        "name", ["text_encoder.x", "lora_te1_x", "lora_te3_x", "text_encoders.t5xxl.transformer.x", "transformer_2.x"]
+    )
+    def test_modules_of_other_components_are_named(self, lora, name, tmp_path):
+        more = {f"{name}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+        report = sl.compress_lora(TINY_DIT.build(), lora | more, rank=4)
+        assert report.unplaced == (name,)
         report = sl.compress_lora(TINY_DIT.build(), lora | more, rank=4, keep_rest=tmp_path)
         assert set(load_file(report.rest[0])) == set(more)
 

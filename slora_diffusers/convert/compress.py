@@ -130,7 +130,7 @@ def compress_lora(
     check_arguments(rank, ridge)
     models, pipeline = components_of(model), model if is_pipeline(model) else None
     lora = read_lora(lora_source, models, weight_name, pipeline, **hub)
-    slots = {c: _slots_with_parts(models[c], parts, inputs) for c, parts in lora.parts.items()}
+    slots = {c: slots_with_parts(models[c], parts, inputs) for c, parts in lora.parts.items()}
     work = [(component, slot) for component, found in slots.items() for slot in found]
     if not work:
         raise AdapterFileError(_nothing_message(models, lora, inputs))
@@ -176,7 +176,8 @@ def _compress(model: nn.Module, slot: Slot, parts: Mapping[str, Part], rank: int
     return compress_slot(model, slot, changes, None if exact and plain else rank, ridge)
 
 
-def _slots_with_parts(model: nn.Module, parts: Mapping[str, Part], inputs: Sequence[str] | None) -> list[Slot]:
+def slots_with_parts(model: nn.Module, parts: Mapping[str, Part], inputs: Sequence[str] | None) -> list[Slot]:
+    """The places of a model whose pairs can carry some of a LoRA's parts."""
     try:
         slots = find_slots(model)
     except SerialLoraError:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from .names import Place
+from .names import DENOISERS, Place
 
 # What stands before a module's path, or before its path with underscores for dots: of PEFT, ComfyUI, kohya's
 # sd-scripts and musubi-tuner, OneTrainer, LyCORIS, and the first reference scripts.
@@ -23,6 +23,9 @@ _PREFIXES = (
     "lora_transformer_",
     "lycoris_",
     "lora_",
+    "text_encoder.",  # of a text encoder by itself
+    "te_",
+    "te1_",
 )
 _ENCODERS = {
     "lora_te_": ("text_encoder",),
@@ -34,10 +37,21 @@ _ENCODERS = {
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", "text_encoder_2", "text_encoder"),
 }
 _COMFY_ENCODER = re.compile(r"text_encoders\.\w+\.transformer\.")
-_OTHER = re.compile(
-    r"(base_model\.model\.)?(lora_(te\d?|text_encoder(_\d)?|vae)_|(text_encoder(_\d)?|text_encoders|transformer_\w+|unet|"
-    r"transformer|prior|vae|connectors|text_conditioner|text_embedding_projection)\.)"
+_COMPONENT = re.compile(
+    r"(?:base_model\.model\.)?(?:lora_(?P<flat>te\d?|text_encoder(?:_\d)?|vae)_|text_encoders\.(?P<comfy>\w+)\.|"
+    r"(?P<own>text_encoder(?:_\d)?|transformer_\w+|unet|transformer|prior|vae|connectors|text_conditioner)\.|"
+    r"(?P<projection>text_embedding_projection)\.)"
 )
+_CALLED = {
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "t5xxl": "text_encoder_3",
+    "text_embedding_projection": "connectors",
+}
 
 
 def find_place(name: str, places: Mapping[str, Place]) -> Place | None:
@@ -45,10 +59,15 @@ def find_place(name: str, places: Mapping[str, Place]) -> Place | None:
     return next((places[spelling] for spelling in _spellings(name) if spelling in places), None)
 
 
-def is_of_another_component(name: str, components: Mapping[str, object]) -> bool:
+def is_of_another_component(name: str, components: Iterable[str]) -> bool:
     """Whether a name says that it is of a component which is not among these."""
-    match = _OTHER.match(name)
-    return match is not None and (match[4] or match[3] or "text_encoder").rstrip(".") not in components
+    match = _COMPONENT.match(name)
+    if match is None:
+        return False
+    called = match["flat"] or match["own"] or match["comfy"] or match["projection"]
+    component = _CALLED.get(called, "text_encoder" if match["comfy"] else called)
+    main = component in ("transformer", "unet", "prior")
+    return not (set(DENOISERS) & set(components) if main else component in components)
 
 
 def _spellings(name: str) -> Iterator[str]:
@@ -61,15 +80,16 @@ def _spellings(name: str) -> Iterator[str]:
                 yield from (f"{component}{'.' if '.' in prefix else '_'}{rest}" for component in components)
         if match := _COMFY_ENCODER.match(plain):
             yield f"text_encoder.{plain[match.end() :]}"
-        yield from _stripped(plain)
+        yield from stripped(plain)
 
 
-def _stripped(name: str) -> Iterator[str]:
+def stripped(name: str) -> Iterator[str]:
+    """A name without what tools put before it, one after another."""
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             rest = name.removeprefix(prefix)
             yield rest
-            yield from _stripped(rest)
+            yield from stripped(rest)
 
 
 def _old(name: str) -> Iterator[str]:
