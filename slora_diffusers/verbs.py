@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .loader import install
-
 MODULE = "diffusers.pipelines.pipeline_utils"
 
 
@@ -33,7 +31,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
             def exec_module(module: ModuleType) -> None:
                 run(module)
                 if module.__name__ == MODULE:  # some loaders serve several modules
-                    install(module.DiffusionPipeline)
+                    _install(module.DiffusionPipeline)
 
             spec.loader.exec_module = exec_module
         return spec
@@ -43,6 +41,12 @@ def give_verbs() -> None:
     """Give `DiffusionPipeline` the verbs of `SerialLoraLoaderMixin`: now, or when diffusers defines it."""
     module = sys.modules.get(MODULE)
     if pipeline_class := getattr(module, "DiffusionPipeline", None):
-        install(pipeline_class)
+        _install(pipeline_class)
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())
+
+
+def _install(pipeline_class: type) -> None:
+    from .loader import install  # takes torch, which `slora --help` does not need
+
+    install(pipeline_class)

@@ -7,12 +7,15 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -73,6 +76,27 @@ class TestHelp:
         shown = slora(command, "--help")
         assert f"slora {command}" in shown.partition("Examples")[2]
 
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_each_example_is_on_a_line_of_its_own(self, command):
+        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout.partition("Examples")[2]
+        lines = [line.strip() for line in shown.splitlines() if line.strip()]
+        assert len(lines) >= 2
+        assert all(line.startswith(f"slora {command} ") or line == f"slora {command}" for line in lines)
+
+    @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["export", "--help"]])
+    def test_help_is_there_without_torch(self, arguments):
+        code = (
+            "import sys\nsys.argv[:] = ['slora', *sys.argv[1:]]\nfrom slora_diffusers.cli import app\n"
+            "try:\n    app()\nexcept SystemExit:\n    pass\n"
+            "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), 'heavy imports'\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "slora" in done.stdout
+
+    def test_version(self):
+        assert re.fullmatch(r"slora \d+\.\d+\.\d+.*\n", slora("--version"))
+
     def test_a_wrong_usage_is_exit_code_2(self):
         assert CliRunner().invoke(app, ["export"]).exit_code == 2
         assert CliRunner().invoke(app, ["nothing"]).exit_code == 2
@@ -110,6 +134,34 @@ class TestInspect:
         assert "rank" in shown
         assert "text_encoder" in shown
 
+    def test_an_ordinary_lora_says_what_it_is_and_what_turns_it_into_ours(self, folder, tmp_path):
+        slora("export", folder / "a", "--base", folder / "base", "-o", tmp_path, "-f", "kohya")
+        shown = slora("inspect", tmp_path)
+        for part in ("an ordinary LoRA", "slora compress", "kohya's sd-scripts", "SD3Transformer2DModel", "LoRA"):
+            assert part in re.sub(r"\s+", " ", shown.replace("│", ""))
+        found = json.loads(slora("inspect", tmp_path / "pytorch_lora_weights.safetensors", "--json"))
+        assert found["kind"] == "lora"
+        assert found["families"][0] == "SD3Transformer2DModel"
+        assert found["ranks"] == [4]
+        assert found["carried"] is None
+
+    def test_with_a_base_it_says_what_would_be_carried(self, folder, tmp_path):
+        slora("export", folder / "a", "--base", folder / "base", "-o", tmp_path)
+        path = tmp_path / "pytorch_lora_weights.safetensors"
+        more = {f"transformer.proj_out.lora_{x}.weight": torch.ones((2, 32) if x == "A" else (16, 2)) for x in "AB"}
+        more |= {f"text_encoder_9.x.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+        more |= {f"transformer.nowhere.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+        save_file(load_file(path) | more, tmp_path / "more.safetensors")
+        carried = json.loads(slora("inspect", tmp_path / "more.safetensors", "--base", folder / "base", "--json"))[
+            "carried"
+        ]
+        assert carried["pairs"]["transformer"] == {"hidden_states": 3, "encoder_hidden_states": 2}
+        assert carried["not_carried"] == ["transformer.proj_out"]
+        assert carried["elsewhere"] == ["text_encoder_9.x"]
+        assert carried["unknown"] == ["transformer.nowhere"]
+        shown = slora("inspect", tmp_path / "more.safetensors", "--base", folder / "base")
+        assert "compressed on this base" in shown
+
     def test_a_pipeline_and_a_model(self, folder):
         found = json.loads(slora("inspect", folder / "base", "--json"))
         assert set(found["components"]) == {"transformer", "text_encoder", "text_encoder_2", "text_encoder_3"}
@@ -125,13 +177,40 @@ class TestConversions:
         torch.testing.assert_close(image(stock), image(pipeline(folder, a=1.0)), atol=1e-5, rtol=0)
 
     def test_export_of_two_weighted_adapters_to_a_rank(self, folder, tmp_path):
-        arguments = ("export", folder / "a", folder / "b", "-w", 0.5, "-w", 2, "-o", tmp_path)
-        exact = json.loads(slora(*arguments, "--json"))  # the files name their base
-        cut = json.loads(slora(*arguments, "--rank", 3, "--json"))
+        arguments = ("export", folder / "a", folder / "b", "-w", 0.5, "-w", 2, "--json")
+        exact = json.loads(slora(*arguments, "-o", tmp_path / "exact"))  # the files name their base
+        cut = json.loads(slora(*arguments, "-o", tmp_path / "cut", "--rank", 3))
         assert exact["ranks"] == [8]
         assert exact["relative_error"] == 0
         assert cut["ranks"] == [3]
         assert 0 < cut["relative_error"] < 1
+
+    @pytest.mark.parametrize("command", ["export", "export peft", "compress", "merge"])
+    def test_nothing_is_overwritten_without_force(self, folder, tmp_path, command):
+        slora("export", folder / "a", "-o", tmp_path / "lora")
+        name, *more = command.split()
+        arguments = {
+            "export": ("export", folder / "a", *(("-f", *more) if more else ())),
+            "compress": ("compress", tmp_path / "lora", "-b", folder / "base", "-r", 4),
+            "merge": ("merge", folder / "a", folder / "b"),
+        }[name]
+        output = tmp_path / "out"
+        slora(*arguments, "-o", output)
+        before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        path = next(iter(before))
+        path.write_bytes(b"theirs")
+        shown = slora(*arguments, "-o", output, code=1)
+        assert "would be overwritten" in shown
+        assert "--force" in shown
+        assert path.read_bytes() == b"theirs"
+        slora(*arguments, "-o", output, "--force")
+        assert path.read_bytes() != b"theirs"
+
+    def test_export_to_the_least_rank_that_is_as_good(self, folder, tmp_path):
+        report = json.loads(slora("export", folder / "a", folder / "a", "-o", tmp_path, "--rank", "auto", "--json"))
+        assert max(report["ranks"]) == 4
+        assert report["relative_error"] < 1e-6
+        assert report["load"] == [f'pipe.load_lora_weights("{tmp_path}")']
 
     def test_compress_gives_the_exported_adapter_back(self, folder, tmp_path):
         slora("export", folder / "a", "--base", folder / "base", "-o", tmp_path / "lora", "-f", "kohya")
@@ -225,7 +304,7 @@ class TestErrors:
             (("merge", "{}/a", "-o", "{}/x"), "at least two adapters"),
             (("merge", "{}/a", "{}/vit-a", "-o", "{}/x"), "--base"),
             (("compress", "{}/a", "--base", "{}/base", "-r", "4", "-o", "{}/x"), "is a Serial LoRA already"),
-            (("inspect", "{}/vit", "--plot", "{}/x"), "--plot draws an adapter"),
+            (("inspect", "{}/vit", "--plot", "{}/x.png"), "--plot draws an adapter"),
             (("verify", "{}/vit-a", "--base", "{}/base"), "component 'model'"),
         ],
     )
@@ -236,6 +315,65 @@ class TestErrors:
         assert remedy in lines[0]
         assert "Traceback" not in shown
         assert not (folder / "x").exists()
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            "export {}/a -o {}/x --format onnx",
+            "export {}/a -o {}/x --dtype int8",
+            "export {}/a -o {}/x --rank 0",
+            "export {}/a -o {}/x --rank some",
+            "export {}/a -o {}/x -w nan",
+            "export {}/a -o {}/a/serial_lora_weights.safetensors/x",
+            "compress {}/nothing -b {}/base -r 4 -o {}/x",
+            "compress {}/vit-a -b {}/base -r 4 -o {}/x",
+            "compress {}/a -b {}/base -r 0 -o {}/x",
+            "compress {}/a -b {}/base -r 4 -o {}/x --plot {}/x.doc",
+            "merge {}/a {}/b -o {}/x --rank -3 -b {}/base",
+            "merge {}/a {}/b -o {}/x -w 1 -b {}/base",
+            "fuse {}/a -b {}/base -o {}/vit",
+            "fuse {}/a -b {}/base -o {}/x --dtype int8",
+            "fuse {}/a -b {}/base -o {}/x --scale inf",
+            "verify {}/a -b {}/base --tolerance nan",
+            "verify {}/a -b {}/base --size 0",
+            "inspect {}/base --plot {}/x.png",
+            "inspect {}/vit --base {}/base",
+            "inspect {}/a --base {}/base --plot {}/x.doc",
+        ],
+    )
+    def test_options_are_checked_before_a_base_is_loaded(self, folder, arguments, monkeypatch):
+        def load(*_, **__):
+            raise AssertionError("a base was loaded")
+
+        monkeypatch.setattr("slora_diffusers.cli.bases.load_base", load)
+        shown = slora(*shlex.split(arguments.replace("{}", str(folder))), code=1)
+        assert shown.startswith("error:")
+        assert "AssertionError" not in shown
+        assert not (folder / "x").exists()
+
+    def test_an_interrupt_ends_quietly_with_130(self, folder, monkeypatch):
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("slora_diffusers.cli.bases.load_base", interrupted)
+        result = CliRunner().invoke(app, ["export", str(folder / "a"), "-o", str(folder / "x")])
+        assert result.exit_code == 130
+        assert result.output == ""
+
+    def test_progress_is_plain_lines_without_a_terminal(self, folder, tmp_path):
+        result = CliRunner().invoke(app, ["export", str(folder / "a"), "-o", str(tmp_path)])
+        assert re.fullmatch(r"Multiplying with the base's weights: (\d+)/\1", result.stderr.splitlines()[-1])
+        assert "\x1b" not in result.stderr
+        assert "\r" not in result.stderr
+
+    def test_no_message_names_an_extra_that_does_not_exist(self):
+        root = Path(__file__).parents[1]
+        section = (root / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+        extras = re.findall(r"^([\w-]+) = \[", section.partition("\n[")[0], re.MULTILINE)
+        assert "train" in extras
+        for path in [*root.glob("slora_diffusers/**/*.py"), *root.glob("*_scripts/**/*.py"), *root.glob("docs/*.md")]:
+            for named in re.findall(r"slora_diffusers\[([\w,-]+)\]", path.read_text(encoding="utf-8")):
+                assert set(named.split(",")) <= set(extras), path
 
     def test_debug_shows_where(self, folder):
         result = CliRunner().invoke(app, ["merge", str(folder / "a"), "-o", str(folder / "x"), "--debug"])

@@ -245,3 +245,19 @@ def test_every_error_is_one_that_a_user_can_catch():
     for name in ("AdapterFileError", "AdapterStateError", "ArchitectureError"):
         assert issubclass(getattr(sl, name), sl.SerialLoraError)
     assert issubclass(sl.SerialLoraError, ValueError)
+
+
+def test_every_public_name_is_imported_from_its_place_when_it_is_used():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (checked,) = [n for n in tree.body if isinstance(n, ast.If)]
+    typed = {
+        alias.name: node.module
+        for node in ast.walk(checked)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == sl._PLACE_OF
+    assert set(sl.__all__) == set(typed)
+    assert all(getattr(sl, name).__name__ == name for name in sl.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'load_lora'"):
+        sl.load_lora  # noqa: B018

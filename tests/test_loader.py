@@ -155,6 +155,22 @@ def test_the_scale_of_the_attention_kwargs_is_understood():
     assert torch.equal(torch.from_numpy(got), wanted)
 
 
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import slora_diffusers, diffusers",
+        "import diffusers, slora_diffusers",
+        "import slora_diffusers\nfrom diffusers import WanPipeline",
+        "from diffusers import WanPipeline\nimport slora_diffusers",
+        "from slora_diffusers import SerialLoraConfig\nimport diffusers",
+    ],
+)
+def test_pipelines_have_the_verbs_whichever_package_is_imported_first(imports):
+    code = f"{imports}\nfrom diffusers import DiffusionPipeline\nassert DiffusionPipeline.load_serial_lora"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_install_is_idempotent_and_never_hides_an_attribute():
     before = {verb: inspect.getattr_static(DiffusionPipeline, verb) for verb in VERBS}
     install(DiffusionPipeline)

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import SerialLoraError
+from ..convert.describe import is_lora
+from ..convert.layouts.read import find_lora
+from ..errors import AdapterFileError, SerialLoraError
 from ..files.format import AdapterFile
 from ..files.hub import base_id
 from ..files.load import load_serial_lora
+from ..files.storage import find_file
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,19 +55,30 @@ def load_base(base: str, dtype: str = "float32") -> Any:
     return _load_model(base, json.loads(config.read_text(encoding="utf-8")), kind)
 
 
-def is_model(source: str) -> bool:
-    """Whether a folder or Hub id holds a model or a pipeline (an adapter's has neither of their configs)."""
+def kind_of(source: str, weight_name: str | None = None) -> str:
+    """What a file, a folder or a Hub id holds: "model" (or pipeline), "LoRA" (of any kind but ours) or "adapter"."""
     if source == DEMO and not Path(source).exists():
-        return True
-    return any(_has(source, name) is not None for name in ("model_index.json", "config.json"))
+        return "model"
+    if any(_has(source, name) is not None for name in ("model_index.json", "config.json")):
+        return "model"
+    try:
+        path = find_file(source, weight_name=weight_name)
+    except AdapterFileError:
+        try:
+            path = find_lora(source, weight_name)
+        except AdapterFileError:
+            return "adapter"  # whose reader says what is wrong
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "LoRA" if is_lora(file.keys()) else "adapter"
+    except (SafetensorError, OSError):
+        return "adapter"
 
 
 def load_with_adapters(
     base: str | None, adapters: Sequence[str], weights: Sequence[float] | None, dtype: str = "float32"
 ) -> tuple[Any, list[str]]:
     """The base with these adapters active, and their names; without a base, the one that the first file names."""
-    if weights and len(weights) != len(adapters):
-        raise SerialLoraError(f"{len(adapters)} adapters need as many --weight; got {len(weights)}.")
     states = [AdapterFile.read(adapter) for adapter in adapters]
     model = load_base(base or base_name(states[0]), dtype)
     names = [f"adapter_{i}" for i in range(len(states))] if len(states) > 1 else ["default"]

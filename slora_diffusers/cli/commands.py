@@ -1,33 +1,27 @@
-"""The subcommands: each loads, calls one function of the library, and shows what it reports."""
+"""The subcommands: each checks its options, loads, calls one function of the library, and shows what it reports.
+
+What needs torch is imported by the command that runs, so that `--help` is there at once.
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from ..adapters.fuse import fuse_serial_lora
-from ..adapters.lifecycle import unload_serial_lora
-from ..convert import compress_lora, export_lora
-from ..convert.merge import merge_files, merge_serial_lora
 from ..errors import SerialLoraError
-from ..files.format import AdapterFile
-from ..files.load import load_serial_lora
-from ..files.save import save_serial_lora
-from .bases import base_name, dtype_of, is_model, load_base, load_with_adapters
-from .console import ERR, NOT_VERIFIED, OUT, Debug, Json, PlainErrors, show, track
-from .describe import inspect_adapter, inspect_model, tables
+from . import checks
+from .console import ERR, NOT_VERIFIED, OUT, Debug, Json, PlainErrors, show, track, working
 from .train import COMMANDS
-from .verify import verify as verify_adapter
 
 app = typer.Typer(
     cls=PlainErrors,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     help="Serial LoRA: adapt what an attention reads, x~ = (I + s B A) x. Each command shows examples with --help.",
 )
 
@@ -40,15 +34,36 @@ Base = Annotated[
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.", show_default=False)]
 Weight = Annotated[list[float] | None, typer.Option("--weight", "-w", help="Weight of an adapter; once for each.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
+WeightName = Annotated[str | None, typer.Option(help="Name of the LoRA's file in its folder.")]
 
 
 def _command(examples: str, **settings: Any) -> Any:
-    lines = "\n\n".join(f"- {line.strip()}" for line in examples.strip().splitlines())  # typer joins other lines
-    return app.command(epilog=f"**Examples**\n\n{lines}", **settings)
+    # typer keeps what an empty line separates on lines of their own, and nothing else.
+    lines = [line.strip() for line in examples.strip().splitlines()]
+    return app.command(epilog="\n\n".join(["[bold]Examples[/]", *lines]), **settings)
 
 
 for _handed_on, (_examples, _settings) in COMMANDS.items():
     _command(_examples, context_settings=_settings)(_handed_on)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        try:
+            OUT.print(f"slora {version('slora_diffusers')}")
+        except PackageNotFoundError:
+            OUT.print("slora (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @_command("""slora demo
@@ -63,6 +78,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Fine-tune the built-in DiT and ViT on a new style; write pictures, the adapters and metrics."""
+    checks.folder(output_dir)
     from ..demo.run import run_demo
 
     chosen = {"style": style} if style is not None else {}
@@ -72,20 +88,36 @@ def demo(
 
 
 @_command("""slora inspect serial_lora_weights.safetensors
+slora inspect lora.safetensors --base my-pipeline
 slora inspect my-adapter --base stabilityai/stable-diffusion-3.5-medium --plot spectrum.png
 slora inspect facebook/DiT-XL-2-256 --json""")
 def inspect(
-    source: Annotated[str, typer.Argument(help="An adapter (file, folder, Hub id), or a model or pipeline.")],
-    base: Annotated[str | None, typer.Option("--base", "-b", help="The base, to count the LoRA equivalent on.")] = None,
+    source: Annotated[str, typer.Argument(help="An adapter, a LoRA (file, folder, Hub id), or a model or pipeline.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", "-b", help="The base: an adapter's LoRA equivalent is counted on it, and what of a "
+                     "LoRA pairs would carry."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the singular values here.")] = None,
+    weight_name: WeightName = None,
     json: Json = False,
     debug: Debug = False,
-) -> None:
-    """Show an adapter's rank, alpha, sites, parameters and norms, or the sites of a model."""
-    if is_model(source):
-        if plot is not None:
-            raise SerialLoraError("--plot draws an adapter's singular values; a model without adapter has none.")
+) -> None:  # fmt: skip
+    """Show an adapter's rank, sites and norms; a LoRA's kind, layout and base; or the sites of a model."""
+    checks.picture(plot)
+    from ..convert.describe import describe_lora
+    from .bases import kind_of, load_base
+    from .describe import inspect_adapter, inspect_model, tables
+
+    kind = kind_of(source, weight_name)
+    if plot is not None and kind != "adapter":
+        raise SerialLoraError(f"--plot draws an adapter's singular values; {source} is a {kind}.")
+    if base is not None and kind == "model":
+        raise SerialLoraError(f"--base goes with an adapter or a LoRA; {source} is a model itself.")
+    if kind == "model":
         report = inspect_model(source, load_base(source))
+    elif kind == "LoRA":
+        report = describe_lora(source, load_base(base) if base else None, weight_name)
     else:
         report = inspect_adapter(source, load_base(base) if base else None, plot)
     if json:
@@ -96,30 +128,46 @@ def inspect(
 
 
 @_command("""slora export my-adapter --base stabilityai/stable-diffusion-3.5-medium -o lora
-slora export my-adapter -o lora --format kohya --dtype bfloat16
+slora export my-adapter -o lora --format kohya --dtype bfloat16 --rank auto
 slora export style subject -w 0.8 -w 0.5 -o lora --rank 16""")
 def export(
     adapters: Adapters,
     output: Output,
     base: Base = None,
-    format: Annotated[str, typer.Option("--format", "-f", help="diffusers, peft or kohya.")] = "diffusers",
+    format: Annotated[str, typer.Option("--format", "-f", help="diffusers, peft or kohya (ComfyUI).")] = "diffusers",
     weight: Weight = None,
-    rank: Annotated[int | None, typer.Option(help="Truncate to this rank by SVD.")] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Truncate to this rank by SVD; `auto` takes the least that is as good as exact.")
+    ] = None,
     dtype: Dtype = "float32",
+    force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write the ordinary LoRA that equals one adapter, or several together, for tools that know only LoRA."""
-    kind = dtype_of(dtype)
-    model, _ = load_with_adapters(base, adapters, weight)
-    report = export_lora(model, output, format=format, rank=rank, dtype=kind, track=track)
-    show(report if json else f"{report}\n" + "\n".join(map(str, report.files)), json)
+    checks.one_of("format", format, checks.FORMATS)
+    checks.one_of("dtype", dtype, checks.DTYPES)
+    weights, to = checks.weights_of(adapters, weight), checks.rank_of(rank)
+    written = ["pytorch_lora_weights*.safetensors"]
+    if format == "peft":
+        written = [
+            f"{place}{name}" for place in ("", "*/") for name in ("adapter_model.safetensors", "adapter_config.json")
+        ]
+    checks.nothing_to_overwrite(output, written, force)
+    from ..convert import export_lora
+    from .bases import dtype_of, load_with_adapters
+
+    model, _ = load_with_adapters(base, adapters, weights)
+    report = export_lora(model, output, format=format, rank=to, dtype=dtype_of(dtype), track=track)
+    show(report if json else "\n".join([str(report), *map(str, report.files), *report.load]), json)
 
 
 @_command("""slora compress lora.safetensors --base stabilityai/stable-diffusion-3.5-medium --rank 16 -o serial
 slora compress user/lora --base my-pipeline --rank 32 -o serial --keep-rest --plot error.png""")
 def compress(
-    lora: Annotated[str, typer.Argument(help="A LoRA of diffusers, PEFT or kohya: file, folder or Hub id.")],
+    lora: Annotated[
+        str, typer.Argument(help="A LoRA, DoRA, LoHa, LoKr or OFT of any trainer: file, folder or Hub id.")
+    ],
     output: Output,
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the Serial LoRA.")],
     base: Annotated[str, typer.Option("--base", "-b", help="The base: folder or Hub id, or `demo`.")],
@@ -128,13 +176,23 @@ def compress(
     ] = None,
     keep_rest: Annotated[bool, typer.Option(help="Write what no pair carries as a LoRA beside the result.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the error against the rank here.")] = None,
-    weight_name: Annotated[str | None, typer.Option(help="Name of the LoRA's file in its folder.")] = None,
+    weight_name: WeightName = None,
+    force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Turn a LoRA into the nearest Serial LoRA of a rank, and say how near."""
-    model = load_base(base)
+    checks.at_least("--rank", rank, 1)
+    checks.picture(plot)
     rest = output / "rest" if keep_rest else None
+    checks.nothing_to_overwrite(output, ["serial_lora_weights.safetensors", "rest/*"], force, [plot])
+    from ..convert import compress_lora
+    from ..convert.layouts.read import open_lora, sort_lora
+    from ..files.save import save_serial_lora
+    from .bases import load_base
+
+    sort_lora(open_lora(lora, weight_name)[0], lora)  # what is no LoRA needs no base
+    model = load_base(base)
     report = compress_lora(
         model, lora, rank, inputs=input, keep_rest=rest, plot=plot, weight_name=weight_name, track=track
     )
@@ -151,25 +209,33 @@ def merge(
     adapters: Adapters,
     output: Output,
     weight: Weight = None,
-    rank: Annotated[int | None, typer.Option(help="Truncate to this rank by SVD; else the ranks add up.")] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(help="Truncate to this rank by SVD, or to the least that is as good as exact (`auto`); else the "
+                     "ranks add up."),
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", "-b", help="The base; needed where adapters sit on different "
                     "places.")] = None,
+    force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Merge adapters into one by a weighted sum."""
-    weights = list(weight or [1.0] * len(adapters))
-    if len(adapters) < 2 or len(weights) != len(adapters):
-        raise SerialLoraError(
-            f"Give at least two adapters, and --weight once for each or not at all; got {len(adapters)} and "
-            f"{len(weights)}."
-        )
+    if len(adapters) < 2:
+        raise SerialLoraError(f"Give at least two adapters; got {len(adapters)}.")
+    weights, to = checks.weights_of(adapters, weight), checks.rank_of(rank)
+    checks.nothing_to_overwrite(output, ["serial_lora_weights.safetensors"], force)
+    from ..convert.merge import merge_files, merge_serial_lora
+    from ..files.format import AdapterFile
+    from ..files.save import save_serial_lora
+    from .bases import load_with_adapters
+
     if base is None:
-        merged, report = merge_files([AdapterFile.read(a) for a in adapters], weights, rank, track)
+        merged, report = merge_files([AdapterFile.read(a) for a in adapters], weights, to, track)
         path = merged.write(output)
     else:
         model, names = load_with_adapters(base, adapters, None)
-        report = merge_serial_lora(model, names, weights, "merged", rank, track=track)
+        report = merge_serial_lora(model, names, weights, "merged", to, track=track)
         path = save_serial_lora(model, output, "merged")
     result = {"file": path, **vars(report), "weights": dict(zip(adapters, weights, strict=True))}
     show(result if json else f"{report}\n{path}", json)
@@ -188,10 +254,18 @@ def fuse(
     debug: Debug = False,
 ) -> None:
     """Merge adapters into the base's weights and write the whole checkpoint, which needs no adapter code."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    checks.one_of("dtype", dtype, checks.DTYPES)
+    checks.finite("--scale", scale)
+    weights = checks.weights_of(adapters, weight)
+    checks.folder(output)
+    if output.exists() and any(output.iterdir()):
         raise SerialLoraError(f"{output} is not empty: a checkpoint is not written into another. Choose a new folder.")
-    model, _ = load_with_adapters(base, adapters, weight, dtype)
-    with ERR.status("Fusing and writing"):
+    from ..adapters.fuse import fuse_serial_lora
+    from ..adapters.lifecycle import unload_serial_lora
+    from .bases import load_with_adapters
+
+    model, _ = load_with_adapters(base, adapters, weights, dtype)
+    with working("Fusing and writing"):
         fuse_serial_lora(model, scale=scale)
         unload_serial_lora(model)
         model.save_pretrained(output)  # pyright: ignore[reportCallIssue]
@@ -209,29 +283,21 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check that an adapter gives the same live, fused and exported. Exit code 3 if it does not."""
+    checks.at_least("--tolerance", tolerance, 0)
+    checks.at_least("--size", size, 8)
+    from ..files.format import AdapterFile
+    from ..files.load import load_serial_lora
+    from .bases import base_name, load_base
+    from .verify import show_verified
+    from .verify import verify as verify_adapter
+
     file = AdapterFile.read(adapter)
     model = load_base(base or base_name(file))
-    with ERR.status("Running it live, fused and exported"):
+    with working("Running it live, fused and exported"):
         report = verify_adapter(model, lambda: load_serial_lora(model, file), tolerance, size)
     if json:
         show({"passed": report.passed, **vars(report)}, True)
     else:
-        _show_verified(report)
+        show_verified(report)
     if not report.passed:
         raise typer.Exit(NOT_VERIFIED)
-
-
-def _show_verified(report: Any) -> None:
-    table = Table("compared with live", "largest difference", "", title=f"tolerance {report.tolerance:g}")
-    rows = [(f"each pair, {what}", d) for what, d in report.pairs.items()]
-    rows += [(f"whole output, {what}", d) for what, d in report.outputs.items()]
-    for what, difference in rows:
-        table.add_row(what, f"{difference:.2e}", "equal" if difference <= report.tolerance else "[red]DIFFERS[/]")
-    if report.base_restored is not None:
-        table.add_row("base after unloading", "", "equal to the bit" if report.base_restored else "[red]DIFFERS[/]")
-    OUT.print(table)
-    if report.effect is not None:
-        OUT.print(f"The adapter changes the output by {report.effect:.2e}.")
-    for what in report.skipped:
-        OUT.print(f"Not checked: {what}.")
-    OUT.print("passed" if report.passed else "[red]failed[/]")

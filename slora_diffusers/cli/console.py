@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -18,8 +19,11 @@ from typer.core import TyperGroup
 from ..errors import SerialLoraError
 
 OUT, ERR = Console(highlight=False), Console(stderr=True, highlight=False)
-FAILED, NOT_VERIFIED = 1, 3
+FAILED, NOT_VERIFIED, INTERRUPTED = 1, 3, 130
 """Exit codes, besides 0 and typer's own 2 for a wrong usage."""
+
+LINES = 10
+"""Lines of progress that a long step prints where there is no terminal."""
 
 
 class PlainErrors(TyperGroup):
@@ -31,8 +35,10 @@ class PlainErrors(TyperGroup):
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, KeyboardInterrupt):
+        except (typer.Exit, typer.Abort):
             raise
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             # What typer raises for a wrong usage knows how to show itself.
             if hasattr(error, "format_message") or ctx.meta.get("debug"):
@@ -57,10 +63,38 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 
 def track(items: Sequence[Any], description: str) -> Iterable[Any]:
-    """Go through items under a progress bar on standard error."""
+    """Go through items under a progress bar on standard error, or with some plain lines where that is no terminal."""
+    if not ERR.is_terminal:
+        yield from _with_lines(items, description)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=ERR, transient=True) as progress:
         yield from progress.track(items, description=description)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say what is going on: beside a spinner, or in a plain line where there is no terminal."""
+    if ERR.is_terminal:
+        with ERR.status(what):
+            yield
+    else:
+        _line(f"{what} ...")
+        yield
+
+
+def _with_lines(items: Sequence[Any], description: str) -> Iterable[Any]:
+    count = len(items)
+    for done, item in enumerate(items, start=1):
+        yield item
+        if done == count or done % max(1, count // LINES) == 0:
+            _line(f"{description}: {done}/{count}")
+
+
+def _line(text: str) -> None:
+    """A line of plain text: no colours, and not wrapped."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def show(result: Any, as_json: bool) -> None:

@@ -11,6 +11,8 @@ from rich.table import Table
 from torch import nn
 
 from ..config import SerialLoraConfig, block_index
+from ..convert.describe import Carried, LoraReport, models_of
+from ..convert.layouts.read import some
 from ..convert.lowrank import LowRank
 from ..convert.merge import scaled_pairs
 from ..convert.plots import plot_spectra
@@ -108,14 +110,13 @@ def inspect_model(source: str, model: Any) -> InspectReport:
     return InspectReport(source, "model", None, None, components)
 
 
-def tables(report: InspectReport) -> list[Any]:
+def tables(report: InspectReport | LoraReport) -> list[Any]:
     """The report as what rich prints."""
+    if isinstance(report, LoraReport):
+        return _lora_tables(report)
     shown: list[Any] = []
     for name, part in report.components.items():
-        table = Table(title=f"{report.source}: {name}", show_header=False, title_justify="left")
-        for row in _rows(report, part):
-            table.add_row(*row)
-        shown.append(table)
+        shown.append(_table(f"{report.source}: {name}", _rows(report, part)))
         if part.norms:
             pairs = list(part.pairs)
             norms = Table("block", *pairs, title="||s B A|| per block", title_justify="left")
@@ -172,3 +173,45 @@ def _adapter_component(component: Component, pairs: Mapping[str, LowRank], model
         norms,
         tuple(sorted({str(t.dtype).removeprefix("torch.") for t in component.tensors.values()})),
     )
+
+
+def _lora_tables(report: LoraReport) -> list[Any]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
+    rows = [
+        ("an ordinary LoRA", f"{kinds}; `slora compress` turns it into a Serial LoRA"),
+        ("layout", report.layout),
+        ("names modules of", models_of(report)),
+        ("base, by its header", report.base or "not said"),
+        ("rank", "-".join(map(str, sorted({min(report.ranks), max(report.ranks)}))) if report.ranks else "none"),
+        ("alpha", ", ".join(f"{alpha:g}" for alpha in report.alphas[:4]) or "rank"),
+        ("parameters", f"{report.parameters:,}"),
+        ("file", f"{report.bytes:,} bytes, {', '.join(report.dtypes)}"),
+    ]
+    if report.not_understood:
+        rows.append(("not understood", f"{len(report.not_understood)} keys: {some(report.not_understood)}"))
+    shown = [_table(f"{report.source}", rows)]
+    if report.carried is not None:
+        shown.append(_table("compressed on this base", _carried_rows(report.carried)))
+    return shown
+
+
+def _carried_rows(carried: Carried) -> list[tuple[str, str]]:
+    rows = [
+        (component, ", ".join(f"{count} {name}" for name, count in pairs.items()))
+        for component, pairs in carried.pairs.items()
+    ] or [("carried", "nothing: the LoRA is for another base")]
+    for what, names in (
+        ("not carried", carried.not_carried),
+        ("of components that are not here", carried.elsewhere),
+        ("of no module of this base", carried.unknown),
+    ):
+        if names:
+            rows.append((what, f"{len(names)} modules: {some(names)}"))
+    return rows
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table

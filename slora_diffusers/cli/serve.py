@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from ..errors import SerialLoraError
-from .bases import DEMO, load_base
 from .commands import Dtype, _command, app
-from .console import ERR, Debug
+from .console import ERR, Debug, working
 
 __all__ = ["app"]  # the command with this one added
 
@@ -20,7 +18,7 @@ __all__ = ["app"]  # the command with this one added
 slora serve --base stabilityai/stable-diffusion-3.5-medium --dtype bfloat16 --adapters adapters --max-batch 4
 slora serve --hub user/style --hub user/subject@v2 --adapter-memory 2048""")
 def serve(
-    base: Annotated[str, typer.Option("--base", "-b", help="Folder or Hub id of a pipeline, or `demo`.")] = DEMO,
+    base: Annotated[str, typer.Option("--base", "-b", help="Folder or Hub id of a pipeline, or `demo`.")] = "demo",
     adapters: Annotated[Path | None, typer.Option("--adapters", "-a", help="Folder of adapters.")] = None,
     hub: Annotated[list[str] | None, typer.Option(help="Hub id, or id@revision, that may be used; repeat it.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
@@ -37,12 +35,16 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve images over HTTP; requests with different adapters share a batch. `SLORA_API_KEY` asks for a key."""
+    import torch
+
+    from .bases import load_base
+
     try:
         from ..serving.server import Limits, Policy, api_key, make_batcher, run
     except ImportError as error:
         raise SerialLoraError(f"slora serve needs {error.name}: pip install 'slora_diffusers[serve]'.") from error
     api_key()  # a wrong one is found before the base is loaded
-    with ERR.status(f"Loading {base}"):
+    with working(f"Loading {base}"):
         pipe = load_base(base, dtype)
         if isinstance(pipe, torch.nn.Module):
             raise SerialLoraError(f"slora serve draws with a whole pipeline; {base} is a model alone.")

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from torch import Tensor, nn
 
 from ..adapters.fuse import fuse_serial_lora, unfuse_serial_lora
@@ -23,6 +24,7 @@ from ..core.components import adapted
 from ..core.sites import find_slots, unwrap
 from ..core.state import pairs_of, registry_of
 from ..errors import SerialLoraError
+from .console import OUT
 
 PROMPT = "a photo of a cat"
 
@@ -174,3 +176,20 @@ def _flat(output: Any) -> Tensor:
     if not tensors:
         raise SerialLoraError("The model's output holds no tensor, so there is nothing to compare.")
     return torch.cat([t.float().flatten() for t in tensors])
+
+
+def show_verified(report: VerifyReport) -> None:
+    """Print a table of what was compared."""
+    table = Table("compared with live", "largest difference", "", title=f"tolerance {report.tolerance:g}")
+    rows = [(f"each pair, {what}", d) for what, d in report.pairs.items()]
+    rows += [(f"whole output, {what}", d) for what, d in report.outputs.items()]
+    for what, difference in rows:
+        table.add_row(what, f"{difference:.2e}", "equal" if difference <= report.tolerance else "[red]DIFFERS[/]")
+    if report.base_restored is not None:
+        table.add_row("base after unloading", "", "equal to the bit" if report.base_restored else "[red]DIFFERS[/]")
+    OUT.print(table)
+    if report.effect is not None:
+        OUT.print(f"The adapter changes the output by {report.effect:.2e}.")
+    for what in report.skipped:
+        OUT.print(f"Not checked: {what}.")
+    OUT.print("passed" if report.passed else "[red]failed[/]")
