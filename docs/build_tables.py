@@ -7,6 +7,7 @@ python -m docs.build_tables --check    say what is out of date, and fail
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from slora_diffusers import SerialLoraConfig, add_serial_lora, unload_serial_lor
 from slora_diffusers.adapters.lifecycle import AddReport
 from slora_diffusers.records import audio, image, text, video, vision
 from slora_diffusers.records.registry import REFUSED, Architecture, Pair
+from tests import loras
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
@@ -152,7 +154,29 @@ def families() -> str:
     return "\n".join(["| | Classes | Families |", "|---|---|---|", *rows])
 
 
+def layouts() -> str:
+    """One row per family with original names: which layouts of a LoRA are read, and which are written."""
+    columns = {column: [name for name in loras.LAYOUTS if name.startswith(column)] for column in _LAYOUT_COLUMNS}
+    family_of = {model: record.family for records in KINDS.values() for record in records for model in record.models}
+    rows = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for model in loras.FAMILIES:
+        read, written = loras.layouts_of(model), loras.written_of(model)
+        cells = [_layout_cell(names, read, written) for names in columns.values()]
+        rows.append(f"| {family_of[model]}: `{model}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+_LAYOUT_COLUMNS = ("diffusers", "PEFT", "kohya", "ComfyUI", "OneTrainer", "LyCORIS", "ai-toolkit", "XLabs")
+
+
+def _layout_cell(names: list[str], read: Collection[str], written: Collection[str]) -> str:
+    if not any(name in read for name in names):
+        return "-"
+    return "read, written" if any(name in written for name in names) else "read"
+
+
 REGIONS = {
+    ROOT / "docs" / "convert.md": {"layouts": layouts},
     ROOT / "docs" / "architectures.md": {"architectures": full_tables, "refusals": refusals},
     ROOT / "docs" / "counts.md": {"counts": counts},
     ROOT / "docs" / "benchmarks.md": {

@@ -142,6 +142,12 @@ def layouts_of(class_name: str) -> dict[str, Layout]:
     return known | (XLABS if class_name == "FluxTransformer2DModel" else {})
 
 
+def written_of(class_name: str) -> set[str]:
+    """The layouts that `export_lora` writes for a family: one file serves kohya's tools and ComfyUI."""
+    original = {"kohya, musubi-tuner", "ComfyUI"} if class_name in ORIGINALS else set()
+    return original | {"PEFT"} | ({"diffusers"} if class_name in MIXINS else set())
+
+
 def make_lora(
     model: nn.Module, layout: Layout, rank: int = 2, alpha: float = 3.0, seed: int = 0, only: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

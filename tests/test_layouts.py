@@ -10,6 +10,8 @@ from tests.loras import FAMILIES, LAYOUTS, MIXINS, layouts_of, make_lora, mixin_
 from tests.tiny.models import TINY
 
 CELLS = [(family, layout) for family in FAMILIES for layout in layouts_of(family)]
+OTHERS = [family for family in TINY if "/" not in family and family not in FAMILIES]
+CELLS += [(family, layout) for family in OTHERS for layout in ("diffusers", "PEFT", "OneTrainer", "LyCORIS")]
 
 
 def changes_of(lora, component="transformer"):
