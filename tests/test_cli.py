@@ -362,7 +362,9 @@ class TestErrors:
 
     def test_progress_is_plain_lines_without_a_terminal(self, folder, tmp_path):
         result = CliRunner().invoke(app, ["export", str(folder / "a"), "-o", str(tmp_path)])
-        assert re.fullmatch(r"Multiplying with the base's weights: (\d+)/\1", result.stderr.splitlines()[-1])
+        lines = result.stderr.splitlines()
+        assert lines[0] == f"Loading {folder / 'base'} ..."
+        assert re.fullmatch(r"Multiplying with the base's weights: (\d+)/\1", lines[-1])
         assert "\x1b" not in result.stderr
         assert "\r" not in result.stderr
 

@@ -18,6 +18,7 @@ from ..files.format import AdapterFile
 from ..files.hub import base_id
 from ..files.load import load_serial_lora
 from ..files.storage import find_file
+from .console import ERR, working
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,6 +34,13 @@ def dtype_of(name: str) -> torch.dtype:
 def load_base(base: str, dtype: str = "float32") -> Any:
     """A pipeline or a model from its folder or Hub id; `demo` is the one that comes with the package."""
     kind = dtype_of(dtype)
+    if not ERR.is_terminal:
+        _no_bars()
+    with working(f"Loading {base}"):
+        return _load(base, kind)
+
+
+def _load(base: str, kind: torch.dtype) -> Any:
     if base == DEMO and not Path(base).exists():
         from ..demo.adapt import load_base as load_demo
 
@@ -85,6 +93,17 @@ def load_with_adapters(
     for name, state, weight in zip(names, states, weights or [1.0] * len(states), strict=True):
         load_serial_lora(model, state, name, weight)
     return model, names
+
+
+def _no_bars() -> None:
+    """No bars of other packages, which draw over their own line again and again: a log file would be full of them."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    disable_progress_bars()
 
 
 def _load_model(base: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:

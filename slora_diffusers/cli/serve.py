@@ -44,10 +44,10 @@ def serve(
     except ImportError as error:
         raise SerialLoraError(f"slora serve needs {error.name}: pip install 'slora_diffusers[serve]'.") from error
     api_key()  # a wrong one is found before the base is loaded
-    with working(f"Loading {base}"):
-        pipe = load_base(base, dtype)
-        if isinstance(pipe, torch.nn.Module):
-            raise SerialLoraError(f"slora serve draws with a whole pipeline; {base} is a model alone.")
+    pipe = load_base(base, dtype)
+    if isinstance(pipe, torch.nn.Module):
+        raise SerialLoraError(f"slora serve draws with a whole pipeline; {base} is a model alone.")
+    with working("Preparing it"):
         pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         policy = Policy(max_batch, max_wait, queue, timeout)
         limits = Limits(max_steps, max_side)
