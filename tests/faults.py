@@ -60,8 +60,7 @@ def state_of(model: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, Any
         "weights": {key: tensor.clone() for key, tensor in model.state_dict().items()},
         **traces(model),
         "registry": None if registry is None else (dict(registry.configs), dict(registry.active), registry.capacity,
-                                                   registry.fused is None, registry.call.fused, registry.call.entered,
-                                                   registry.call.turn.changed_by),
+                                                   registry.fused is None, registry.call.fused, registry.call.entered),
     }  # fmt: skip
 
 

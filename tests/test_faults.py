@@ -120,5 +120,5 @@ def test_a_fault_inside_what_a_verb_calls_leaves_the_model_before_or_after(verb)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", list(VERBS))
-def test_a_fault_at_any_line_of_a_verb_leaves_the_model_before_or_after(verb):
-    check(verb, lambda total: range(1, total + 1))
+def test_a_fault_at_any_of_many_lines_of_a_verb_leaves_the_model_before_or_after(verb):
+    check(verb, lambda total: sorted(random.Random(1).sample(range(1, total + 1), min(total, 400))))

@@ -102,32 +102,27 @@ class CallState:
         self.fused = state["fused"]
 
 
+ONE_VERB = threading.RLock()
+"""Held while a verb changes models: verbs come one after another, and forwards that meet one wait for it here."""
+
+WAITING: set[int] = set()
+"""Threads whose forward waits for a verb, of whatever model: the verb need not wait for them in turn."""
+
+
 class Turn:
     """Whose turn it is: a forward of another thread waits while a verb changes the model's adapters."""
 
     def __init__(self) -> None:
         self.changed_by: int | None = None  # the thread whose verb is at work
-        self.waiting: set[int] = set()  # threads whose forward waits for it
-        self._done = threading.Condition()
 
     def wait(self) -> None:
         """Before a forward: let a verb of another thread finish."""
         me = threading.get_ident()
         if self.changed_by in (None, me):
             return
-        with self._done:
-            self.waiting.add(me)
-            try:
-                self._done.wait_for(lambda: self.changed_by in (None, me))
-            finally:
-                self.waiting.discard(me)
-
-    def take(self) -> None:
-        """A verb begins: forwards that start from here on wait."""
-        self.changed_by = threading.get_ident()
-
-    def give_back(self) -> None:
-        """The verb has ended."""
-        with self._done:
-            self.changed_by = None
-            self._done.notify_all()
+        WAITING.add(me)
+        try:
+            with ONE_VERB:  # it is free as soon as the verb has ended, however it ended
+                pass
+        finally:
+            WAITING.discard(me)

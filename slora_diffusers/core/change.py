@@ -19,9 +19,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import AdapterStateError
+from .calls import ONE_VERB, WAITING, Turn
 from .layer import SerialLoraPair
 from .names import CONTAINER
 from .sites import unwrap
@@ -29,7 +31,6 @@ from .sites import unwrap
 _PATIENCE = 60.0  # seconds that a verb waits for a forward of another thread
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_always_called")
 _FORWARDS = ("_call_impl", "_wrapped_call_impl", "forward")
-_one_verb = threading.RLock()
 
 
 class Change:
@@ -56,19 +57,41 @@ def changing(*models: nn.Module) -> Iterator[Change]:
         AdapterStateError: If another thread is generating with a pipeline of one of them, or its forward does not end.
     """
     roots = [unwrap(model) for model in models]
-    with _one_verb, _turns(roots):
+    with ONE_VERB:
         _refuse_while_generating(roots)
-        _wait_for_forwards(roots)
         snapshots = [Snapshot(root) for root in roots]
         change = Change()
+        turns = [_turn_of(root) for root in roots]
         try:
+            for turn in turns:
+                turn.changed_by = threading.get_ident()
+            # What has no adapter yet has no hook at which its forwards would wait.
+            bare = [(root, turn) for root, turn in zip(roots, turns, strict=True) if _registry(root) is None]
+            gates = [root.register_forward_pre_hook(_Gate(turn)) for root, turn in bare]
+            _wait_for_forwards(roots)
             yield change
+            for gate in gates:
+                gate.remove()
         except BaseException:
             with _interrupts_later():
                 for snapshot in snapshots:
                     snapshot.restore()
                 change.undo()
             raise
+        finally:
+            for turn in turns:
+                turn.changed_by = None
+
+
+class _Gate:
+    """Forward pre-hook of a model while its first adapter is put in."""
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+
+    def __call__(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.turn.wait()
 
 
 class Snapshot:
@@ -76,7 +99,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.registry = vars(model).get("_serial_lora")
+        self.registry = _registry(model)
         self.fields = _copied(vars(self.registry)) if self.registry is not None else {}
         self.fused = self.registry is not None and self.registry.call.fused
         self.trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -144,18 +167,13 @@ def _interrupts_later() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-@contextmanager
-def _turns(models: list[nn.Module]) -> Iterator[None]:
-    turns = [registry.call.turn for m in models if (registry := vars(m).get("_serial_lora")) is not None]
-    outer = [turn.changed_by for turn in turns]  # a verb inside a verb leaves it taken
-    try:
-        for turn in turns:
-            turn.take()
-        yield
-    finally:
-        for turn, before in zip(turns, outer, strict=True):
-            if before is None:
-                turn.give_back()
+def _registry(model: nn.Module) -> Any:
+    return vars(model).get("_serial_lora")
+
+
+def _turn_of(model: nn.Module) -> Turn:
+    registry = _registry(model)
+    return Turn() if registry is None else registry.call.turn
 
 
 def _refuse_while_generating(models: list[nn.Module]) -> None:
@@ -186,10 +204,9 @@ def _wait_for_forwards(models: list[nn.Module]) -> None:
 
 def _others_run(models: list[nn.Module]) -> bool:
     """Whether another thread is inside a forward of a model; one that waits for this verb is not."""
-    waiting = set().union(*(r.call.turn.waiting for m in models if (r := vars(m).get("_serial_lora")) is not None))
     return any(
         frame.f_code.co_name in _FORWARDS and any(frame.f_locals.get("self") is model for model in models)
-        for frame in _frames_of_others(waiting)
+        for frame in _frames_of_others(set(WAITING))
     )
 
 
