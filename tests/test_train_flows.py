@@ -46,7 +46,8 @@ def bases(tmp_path_factory):
 def subject(tmp_path_factory):
     """Three crops of one photograph."""
     folder = tmp_path_factory.mktemp("subject")
-    photo = Image.open(cbook.get_sample_data("grace_hopper.jpg")).convert("RGB")
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        photo = Image.open(file).convert("RGB")
     for index, (x, y, side) in enumerate([(80, 20, 360), (100, 40, 300), (60, 60, 380)]):
         photo.crop((x, y, x + side, y + side)).resize((48, 48)).save(folder / f"{index}.png")
     return folder
