@@ -150,14 +150,15 @@ def _nothing_hidden(config: Any) -> Iterator[None]:
 
 def _split(x: Tensor, image: Tensor, backbone: nn.Module, of_layer: bool = False) -> tuple[Tensor | None, Tensor]:
     """Class token and map of an output: (B, prefix + h w, d), (B, d, h, w) or (B, h, w, d)."""
-    height, width = image.shape[-2:]
+    height, width = map(int, image.shape[-2:])  # int: torch.jit.trace has tensors for them
     known = patch_size(backbone)
     patch = known or 1
     if height % patch or width % patch:
         raise SerialLoraError(f"The image, {height} x {width}, must divide into patches of {patch} x {patch} pixels.")
     grids = [(-(-height // (k * patch)), -(-width // (k * patch))) for k in STRIDES]
     if x.ndim == 4:
-        first, last = tuple(x.shape[2:]) in grids, tuple(x.shape[1:3]) in grids
+        _, *sides = map(int, x.shape[1:])
+        first, last = tuple(sides) in grids, tuple(map(int, x.shape[1:3])) in grids
         if first or last:
             channels_last = last and (not first or _channels_last(backbone, of_layer))
             return None, x.permute(0, 3, 1, 2) if channels_last else x
@@ -168,7 +169,7 @@ def _split(x: Tensor, image: Tensor, backbone: nn.Module, of_layer: bool = False
     else:
         prefixes = {grids[0]: _prefixes(backbone), **{grid: {0} for grid in grids[1:]}}
         for (h, w), allowed in prefixes.items():
-            prefix = x.shape[1] - h * w  # class and register tokens come first
+            prefix = int(x.shape[1]) - h * w  # class and register tokens come first
             if prefix in allowed:
                 patches = x[:, prefix:].transpose(1, 2).unflatten(2, (h, w))  # (B, d, h, w)
                 return (x[:, 0] if prefix and _has_class_token(backbone) else None), patches

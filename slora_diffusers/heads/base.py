@@ -22,6 +22,7 @@ from ..files.format import AdapterFile, Base, Head
 from ..files.load import Source, load_serial_lora
 from ..files.save import adapter_file
 from ..files.storage import WEIGHT_NAME, check_finite, check_hub_arguments
+from .deploy import no_class_for
 from .preprocessing import Preprocessing
 
 LARGEST_SETTING = 2**20
@@ -87,6 +88,17 @@ class SerialLoraWithHead(nn.Module):
             unload_serial_lora(self.backbone)
             self._fused = True
         return self
+
+    def to_transformers(self, save_directory: str | os.PathLike[str] | None = None) -> Any:
+        """A plain model of transformers with the adapter fused into it, where it has a class for the task.
+
+        Args:
+            save_directory: Folder to write it to.
+
+        Raises:
+            SerialLoraError: If transformers has no such class.
+        """
+        raise no_class_for(self.task)
 
     def save_pretrained(
         self,
@@ -332,8 +344,9 @@ def _head_state(head: nn.Module, saved: Head) -> dict[str, Tensor]:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's parameters."""
-    return next(module.parameters()).dtype
+    """The dtype that a module computes in: its parameters', or fp32 where they are packed (PyTorch's dynamic int8)."""
+    parameter = next(module.parameters(), None)
+    return torch.float32 if parameter is None else parameter.dtype
 
 
 def probe(backbone: nn.Module, preprocessing: Preprocessing, features: Any) -> Any:

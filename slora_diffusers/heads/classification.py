@@ -20,6 +20,7 @@ from ..config import SerialLoraConfig
 from ..errors import SerialLoraError
 from .backbones import last_features
 from .base import SerialLoraWithHead, dtype_of, probe
+from .deploy import grey_image, image_classifier, save_for_pipeline
 from .losses import PROBLEMS, SINGLE_LABEL, check_problem
 from .preprocessing import Preprocessing
 
@@ -113,6 +114,30 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
         logits = self.head(x.to(dtype_of(self.head)))  # (B, classes)
         loss = None if labels is None else PROBLEMS[self.problem_type](logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def to_transformers(self, save_directory: str | os.PathLike[str] | None = None) -> Any:
+        """The family's own `...ForImageClassification` with the adapter fused into it; this model stays as it is.
+
+        It gives the same logits, which is checked: where transformers' class pools otherwise, that is an error.
+
+        Args:
+            save_directory: Folder to write it to, with its image processor, so that
+                `transformers.pipeline("image-classification", folder)` opens it.
+
+        Raises:
+            SerialLoraError: If transformers has no class that reads what this head reads.
+        """
+        image = grey_image(self.preprocessing, next(self.backbone.parameters()))
+        training = self.training
+        with torch.no_grad():
+            expected = self.eval()(image).logits
+        self.train(training)
+        model = image_classifier(
+            self.backbone, self.head, self.label_names, self.problem_type, self.preprocessing, expected
+        )
+        if save_directory is not None:
+            save_for_pipeline(model, self.preprocessing, save_directory)
+        return model
 
 
 def pool(token: Tensor | None, patches: Tensor, pooling: str) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import SerialLoraConfig
 from ..errors import ArchitectureError
 from .base import SerialLoraWithHead, open_model
+from .deploy import fused_copy
 from .losses import check_masks, mask_loss
 from .preprocessing import Preprocessing
 
@@ -81,6 +82,17 @@ class SerialLoraForPromptableSegmentation(SerialLoraWithHead):
     ) -> nn.Module:
         # The decoder is the model's own, seen from here too: what trains is what the model's forward uses.
         return backbone.get_submodule("mask_decoder") if settings["decoder"] == "trained" else nn.Identity()
+
+    def to_transformers(self, save_directory: str | os.PathLike[str] | None = None) -> Any:
+        """The model that this is, a SAM, with the adapter fused into a copy of it.
+
+        Args:
+            save_directory: Folder to write it to.
+        """
+        model = fused_copy(self.backbone)
+        if save_directory is not None:
+            model.save_pretrained(save_directory)
+        return model
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..config import SerialLoraConfig
 from ..errors import ArchitectureError, SerialLoraError
 from .base import SerialLoraWithHead, open_model
+from .deploy import fused_copy
 from .losses import single_label
 from .preprocessing import Preprocessing
 
@@ -110,6 +111,17 @@ class SerialLoraForPromptClassification(SerialLoraWithHead):
             if values.max() >= most:
                 raise SerialLoraError(f"{key} holds {int(values.max())}; the text model knows the tokens below {most}.")
         return tokens
+
+    def to_transformers(self, save_directory: str | os.PathLike[str] | None = None) -> Any:
+        """The model that this is, a CLIP or SigLIP, with the adapter fused into a copy of it.
+
+        Args:
+            save_directory: Folder to write it to.
+        """
+        model = fused_copy(self.backbone)
+        if save_directory is not None:
+            model.save_pretrained(save_directory)
+        return model
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
         """Logits (B, classes), and the cross-entropy if there are labels.
