@@ -62,11 +62,12 @@ class Denoising:
         noised = self.objective.draw(self.samples.latents(batch), batch, times)
         losses = self.objective.losses(self, noised)
         if times is None:
-            self._seen.append((noised.timesteps.detach(), losses.detach()))
+            own = ~batch.prior.to(losses.device)  # without class images and rejected ones
+            self._seen.append((noised.timesteps.detach()[own], losses.detach()[own]))
         return losses
 
     def measures(self) -> dict[str, float]:
-        """The mean loss of this process's samples of a step, by the quarter of the timesteps that they lie in."""
+        """The mean loss of this process's own samples of a step, by the quarter of the timesteps that they lie in."""
         if not self._seen:
             return {}
         timesteps, losses = (torch.cat(parts).float().cpu() for parts in zip(*self._seen, strict=True))
