@@ -62,7 +62,7 @@ def test_blocks_of_a_page_run_one_after_the_other(page, world):
 
 
 def test_every_python_block_is_run_somewhere():
-    elsewhere = {"vision", "convert", "architectures", "coming-from-peft"}
+    elsewhere = {"vision", "convert", "architectures", "coming-from-peft", "training", "format"}
     assert {path.stem for path in PAGES if blocks(path, "python")} == {*RUN, *elsewhere}
 
 
