@@ -226,6 +226,37 @@ def dreambooth_table(folder: Path = RESULTS) -> str:
     )
 
 
+def serving_table(folder: Path = RESULTS) -> str:
+    """Requests per second and latency against the number of adapters, by way of serving; one table for each model."""
+    parts = []
+    for case, measured in _read("serving", folder)["cases"].items():
+        settings, machine = measured["settings"], measured["machine"]
+        blocks = "" if case == "built-in base" else f" ({settings['blocks']} block of its real width)"
+        counts = list(next(iter(measured["steps"].values())))
+        heading = (f"{case}{blocks}", "Held", *(f"{n} adapter{'s' if n != '1' else ''}" for n in counts))
+        rows = [
+            (
+                f"{steps} steps: {name}",
+                _megabytes(measured["bytes_each"][name]),
+                *(f"{r['requests_per_cpu_s']:.3g} ({r['p50']:.3g}, {r['p95']:.3g})" for r in by_count),
+            )
+            for steps, table in measured["steps"].items()
+            for name in measured["bytes_each"]
+            for by_count in [[row[name] for row in table.values()]]
+        ]
+        caption = (
+            f"{settings['requests']} requests at once, batches of {settings['batch']} at most, rank {settings['rank']}, "
+            f"medians of {settings['rounds']} round{'s' if settings['rounds'] > 1 else ''} in turns; {machine['threads']} "
+            f"thread of an {machine['processor']} ({machine['isa']}), torch {machine['torch']}, PEFT {machine['peft']}."
+        )
+        parts.append(f"{_table(heading, rows)}\n\n{caption}")
+    what = (
+        "Requests per second of processor time, and (p50, p95) of the latency in seconds of wall time, on a machine that "
+        "others used too. Held: bytes of one adapter."
+    )
+    return "\n\n".join([what, *parts])
+
+
 def _quality(measured: list[dict[str, float]]) -> tuple[str, ...]:
     shows = {"denoising_loss": "{:.4f}", "iou": "{:.3f}", "iou_seen": "{:.3f}", "right_letter": "{:.0%}"}
     return tuple(show.format(sum(m[name] for m in measured) / len(measured)) for name, show in shows.items())

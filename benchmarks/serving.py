@@ -10,6 +10,7 @@ here by making it active, in PEFT by hotswap into one loaded adapter, or by merg
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ def peft_servers(subject: Subject, count: int) -> dict[str, Server]:
     states = []
     for _ in range(count):
         _draw(swapped)
-        states.append({k: v.clone() for k, v in get_peft_model_state_dict(swapped, adapter_name="default").items()})
+        states.append({k: v.clone() for k, v in swapped.state_dict().items() if "lora_" in k})
     for i in range(count):
         inject_adapter_in_model(config, merged, f"a{i}")
     _draw(merged)
@@ -181,14 +182,14 @@ def subjects(blocks: int) -> dict[str, Subject]:
 def measure(
     subject: Subject, counts: Sequence[int], steps: Sequence[int], requests: int, rounds: int
 ) -> dict[str, Any]:
-    """{steps: {number of adapters: {way to serve: medians over the rounds}}}, all ways in turns in every round."""
+    """Medians by steps, number of adapters and way to serve, all ways in turns in every round."""
     most = max(counts)
     servers = {**serial_servers(subject, most), **peft_servers(subject, most)}
     for server in servers.values():
         server.serve(list(range(min(2, most))), subject.step, 1)  # warm
-    results: dict[str, Any] = {"bytes_each": {name: server.bytes_each for name, server in servers.items()}}
+    table: dict[str, Any] = {}
+    results = {"bytes_each": {name: server.bytes_each for name, server in servers.items()}, "steps": table}
     for number in steps:
-        table = results.setdefault(str(number), {})
         for count in counts:
             adapters = [i % count for i in range(requests)]
             random.Random(0).shuffle(adapters)
@@ -197,7 +198,7 @@ def measure(
                 names = list(servers)
                 for name in names[i % len(names) :] + names[: i % len(names)]:
                     taken[name].append(servers[name].serve(adapters, subject.step, number))
-            table[str(count)] = {name: _medians(rows) for name, rows in taken.items()}
+            table.setdefault(str(number), {})[str(count)] = {name: _medians(rows) for name, rows in taken.items()}
     return results
 
 
@@ -208,7 +209,7 @@ def _medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Measure, write, and return the path of the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--subjects", nargs="*", help="Some of the models; all by default.")
+    parser.add_argument("--subjects", nargs="*", help="Some of the models; all by default. Others' results stay.")
     parser.add_argument("--adapters", nargs="*", type=int, default=[1, 4, 16, 64], help="Numbers of adapters.")
     parser.add_argument("--steps", nargs="*", type=int, default=[4, 20], help="Sampling steps of a request.")
     parser.add_argument("--requests", type=int, default=64, help="Number of requests.")
@@ -222,11 +223,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
     known = subjects(options.blocks)
     names = options.subjects or list(known)
-    measured = {
-        name: measure(known[name], options.adapters, options.steps, options.requests, options.rounds) for name in names
-    }
-    settings = {"batch": BATCH, "rank": RANK} | {k: getattr(options, k) for k in ("requests", "rounds", "blocks")}
-    return write_results("serving", {"machine": machine(), "settings": settings, "cases": measured}, options.output)
+    path = options.output / "serving.json"
+    cases = json.loads(path.read_text())["cases"] if path.is_file() else {}  # each case is measured by itself
+    for name in names:
+        settings = {"batch": BATCH, "rank": RANK} | {k: getattr(options, k) for k in ("requests", "rounds", "blocks")}
+        measured = measure(known[name], options.adapters, options.steps, options.requests, options.rounds)
+        cases[name] = {"machine": machine(), "settings": settings, **measured}
+        write_results("serving", {"cases": cases}, options.output)
+    return path
 
 
 if __name__ == "__main__":

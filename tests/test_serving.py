@@ -121,7 +121,6 @@ def test_guidance_of_its_own_for_every_sample_is_a_number_and_a_column():
     assert scale * 2 == 10.0
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_an_image_that_is_not_finite_is_an_error_for_its_request_alone(tmp_path):
     write_adapter(tiny_base(), tmp_path / "wild", seed=0, std=1e18)
     batcher = new_batcher(tmp_path)
@@ -130,6 +129,15 @@ def test_an_image_that_is_not_finite_is_an_error_for_its_request_alone(tmp_path)
         with pytest.raises(RequestError, match="not finite"):
             jobs[0].future.result(60)
         assert jobs[1].future.result(60).picture.latents.isfinite().all()
+
+
+def test_a_decoder_that_overflows_is_an_error_and_no_black_image(shelf):
+    batcher = new_batcher(shelf)
+    with torch.no_grad():
+        batcher.studio.pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
+    job = submitted(batcher)
+    with started(batcher), pytest.raises(RequestError, match="VAE"):
+        job.future.result(60)
 
 
 def test_a_request_that_breaks_its_batch_takes_no_other_along(shelf, monkeypatch):

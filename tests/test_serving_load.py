@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import random
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -204,6 +208,48 @@ def test_two_replicas_of_ray_serve_share_the_work_and_outlive_a_killed_one(tmp_p
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+@pytest.mark.slow
+def test_the_pages_commands_run_and_an_end_of_the_process_first_answers(tmp_path):
+    """`slora serve` as docs/serving.md has it, in a process of its own."""
+    from slora_diffusers.demo.adapt import load_base
+
+    write_adapter(load_base(), tmp_path / "adapter", seed=0, std=0.1)
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^slora serve --adapters outputs/demo --port 8000$", page, re.MULTILINE)
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    words = line.replace("outputs/demo", str(tmp_path)).replace("8000", str(port)).split()[1:]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([sys.executable, "-m", "slora_diffusers.cli", *words], env=environment, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 120
+        while not answers(address) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        bodies = [json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", page)]
+        assert len(bodies) == 2
+        drawn, streamed = (requests.post(f"{address}/generate", json=body, timeout=120) for body in bodies)
+        assert drawn.status_code == 200 and drawn.content.startswith(b"\x89PNG")
+        assert "event: result" in streamed.text
+        with ThreadPoolExecutor(4) as pool:
+            late = [
+                pool.submit(requests.post, f"{address}/generate", json={**bodies[0], "seed": i}, timeout=120)
+                for i in range(4)
+            ]
+            while requests.get(f"{address}/health", timeout=60).json()["running"] == 0:
+                time.sleep(0.005)
+            server.terminate()
+            assert [answer.result().status_code for answer in late] == [200] * 4
+        assert server.wait(60) in (0, -signal.SIGTERM)  # uvicorn ends as it was told to, once all is answered
+    finally:
+        server.kill()
+
+
+def answers(address):
+    try:
+        return requests.get(f"{address}/health", timeout=5).status_code == 200
+    except requests.ConnectionError:
+        return False
 
 
 def free_port():

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -136,12 +137,7 @@ class Studio:
         """
         with self._adapted(entries or [None] * len(requests)), self._noise(requests):
             images, latents = self._run(requests, on_step)
-        return [
-            Picture(image, x)
-            if torch.isfinite(x).all()
-            else RequestError("The image is not finite: a weight of an adapter, or the guidance scale, is too large.")
-            for image, x in zip(images, latents, strict=True)
-        ]
+        return [self._picture(image, x) for image, x in zip(images, latents, strict=True)]
 
     def rehearse(self) -> None:
         """Draw two requests in two steps, alone and together, and set what requests of a batch may differ in.
@@ -188,17 +184,26 @@ class Studio:
         first, second = (Request(c, seed, 2, s, sizes) for c, seed, s in zip(texts, (0, 1), scales, strict=True))
         return first, second
 
+    def _picture(self, image: np.ndarray, latents: Tensor) -> Picture | SerialLoraError:
+        if np.isfinite(image).all() and torch.isfinite(latents).all():
+            return Picture(self.pipe.numpy_to_pil(image)[0], latents)
+        if torch.isfinite(latents).all():
+            return RequestError("The image is not finite: the VAE overflows in this dtype. Serve with another --dtype.")
+        return RequestError("The image is not finite: a weight of an adapter, or the guidance scale, is too large.")
+
     def _latents(self, requests: Sequence[Request]) -> Tensor:
         with self._noise(requests):
             return self._run(requests, None)[1]
 
     def _run(
         self, requests: Sequence[Request], on_step: Callable[[int, int], None] | None
-    ) -> tuple[list[Image.Image], Tensor]:
+    ) -> tuple[np.ndarray, Tensor]:
+        """The images (b, H, W, 3) in [0, 1], and the latents that they were decoded from."""
         first = requests[0]
         arguments: dict[str, Any] = {
             self.subject: [request.condition for request in requests],
             "num_inference_steps": first.steps,
+            "output_type": "np",
             "generator": [torch.Generator().manual_seed(request.seed) for request in requests],
         }
         if first.guidance is not None:
@@ -213,7 +218,7 @@ class Studio:
         with _watched(self.pipe.scheduler, on_step) as seen, torch.no_grad():
             output = self.pipe(**arguments)
         images = getattr(output, "images", None)
-        if images is None or len(images) != len(requests) or "latents" not in seen:
+        if not isinstance(images, np.ndarray) or len(images) != len(requests) or "latents" not in seen:
             raise SerialLoraError(f"{type(self.pipe).__name__} cannot be served: it gives no image for each prompt.")
         return images, seen["latents"][: len(requests)].float().cpu()
 
