@@ -245,14 +245,14 @@ def serving_table(folder: Path = RESULTS) -> str:
             for by_count in [[row[name] for row in table.values()]]
         ]
         caption = (
-            f"{settings['requests']} requests at once, batches of {settings['batch']} at most, rank {settings['rank']}, "
-            f"medians of {settings['rounds']} round{'s' if settings['rounds'] > 1 else ''} in turns; {machine['threads']} "
-            f"thread of an {machine['processor']} ({machine['isa']}), torch {machine['torch']}, PEFT {machine['peft']}."
+            f"{settings['requests']} requests at once, batches of {settings['batch']} at most, rank "
+            f"{settings['rank']}, medians of {settings['rounds']} round{'s' if settings['rounds'] > 1 else ''} in "
+            f"turns; {machine['threads']} thread of an {machine['processor']} ({machine['isa']}), torch {machine['torch']}, PEFT {machine['peft']}."
         )
         parts.append(f"{_table(heading, rows)}\n\n{caption}")
     what = (
-        "Requests per second of processor time, and (p50, p95) of the latency in seconds of wall time, on a machine that "
-        "others used too. Held: bytes of one adapter."
+        "Requests per second of processor time, and (p50, p95) of the latency in seconds of wall time, on a machine "
+        "that others used too. Held: bytes of one adapter."
     )
     return "\n\n".join([what, *parts])
 
