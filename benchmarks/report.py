@@ -247,7 +247,8 @@ def serving_table(folder: Path = RESULTS) -> str:
         caption = (
             f"{settings['requests']} requests at once, batches of {settings['batch']} at most, rank "
             f"{settings['rank']}, medians of {settings['rounds']} round{'s' if settings['rounds'] > 1 else ''} in "
-            f"turns; {machine['threads']} thread of an {machine['processor']} ({machine['isa']}), torch {machine['torch']}, PEFT {machine['peft']}."
+            f"turns; {machine['threads']} thread of an {machine['processor']} ({machine['isa']}), "
+            f"torch {machine['torch']}, PEFT {machine['peft']}."
         )
         parts.append(f"{_table(heading, rows)}\n\n{caption}")
     what = (
