@@ -185,7 +185,6 @@ REGIONS = {
         "bench-profile": report.profile_table,
         "bench-lifecycle": report.lifecycle_table,
     },
-    ROOT / "docs" / "serving.md": {"bench-serving": report.serving_table},
     ROOT / "docs" / "training.md": {"dreambooth": report.dreambooth_table},
     ROOT / "docs" / "vision.md": {
         "vit-scores": report.vit_scores_table,

@@ -14,11 +14,9 @@ from PIL import Image
 import slora_diffusers as sl
 from slora_diffusers.recipes.generate_text_to_image import main as generate
 from tests.serving import tiny_base, write_adapter
-from tests.test_training_distributed import ENVIRONMENT, ROOT
+from tests.test_training_distributed import ENVIRONMENT, ROOT, TORCHRUN
 from tests.tiny.pipelines import tiny_sd3_pipeline
 
-TWO = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-TWO += ["--multi_cpu", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 SCRIPT = str(ROOT / "pipelines" / "generate_text_to_image.py")
 
 
@@ -97,7 +95,7 @@ def test_a_line_that_is_no_request_is_told_before_anything_is_drawn(folder, tmp_
 def test_two_processes_share_the_lines_and_the_prompts_and_draw_what_one_draws(folder, tmp_path):
     one = generate(command(folder, "single"))
     run = {"env": ENVIRONMENT, "cwd": ROOT, "timeout": 300, "capture_output": True, "text": True}
-    two = subprocess.run([sys.executable, *TWO, SCRIPT, *command(folder, "two")], **run)
+    two = subprocess.run([sys.executable, *TORCHRUN, SCRIPT, *command(folder, "two")], **run)
     assert two.returncode == 0, two.stderr[-3000:]
     ours, theirs = images(folder / "two"), images(one)
     assert ours.keys() == theirs.keys()
@@ -105,7 +103,7 @@ def test_two_processes_share_the_lines_and_the_prompts_and_draw_what_one_draws(f
     tiny_sd3_pipeline().save_pretrained(tmp_path / "sd3")
     prompts = ["--base", str(tmp_path / "sd3"), "--prompts", "a red fox", "a cat", "a dog", "--steps", "2"]
     prompts += ["--height", "32", "--width", "32"]
-    both = subprocess.run([sys.executable, *TWO, SCRIPT, *prompts, "--output", str(tmp_path / "two.png")], **run)
+    both = subprocess.run([sys.executable, *TORCHRUN, SCRIPT, *prompts, "--output", str(tmp_path / "two.png")], **run)
     assert both.returncode == 0, both.stderr[-3000:]
     generate([*prompts, "--output", str(tmp_path / "one.png")])
     ours, theirs = (np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=float) for name in ("two", "one"))

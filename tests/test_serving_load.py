@@ -164,6 +164,7 @@ def replace(path, content):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray warns of its own future
 def test_two_replicas_of_ray_serve_share_the_work_and_outlive_a_killed_one(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     from ray import serve
