@@ -229,7 +229,7 @@ def dreambooth_table(folder: Path = RESULTS) -> str:
 def serving_table(folder: Path = RESULTS) -> str:
     """Requests per second and latency against the number of adapters, by way of serving; one table for each model."""
     parts = []
-    for case, measured in _read("serving", folder)["cases"].items():
+    for case, measured in read_results("serving", folder)["cases"].items():
         settings, machine = measured["settings"], measured["machine"]
         blocks = "" if case == "built-in base" else f" ({settings['blocks']} block of its real width)"
         counts = list(next(iter(measured["steps"].values())))
