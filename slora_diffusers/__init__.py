@@ -1,6 +1,6 @@
 """Serial LoRA for diffusion and vision transformers: `x~ = (I + s B A) x`, one pair per attention input.
 
-The names are imported when they are used, so that `slora --help` need not wait for torch. Every DiffusionPipeline has
+The names are imported when they are used, so that `slora --help` need not wait for torch. Every DiffusionPipeline and ModularPipeline has
 the verbs as soon as both packages are imported, whichever comes first.
 
 Source: Zhong et al., Serial Low-rank Adaptation of Vision Transformer, ICME 2025, arXiv 2503.17750.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .adapters.lifecycle import (
         add_serial_lora,
         delete_serial_lora,
+        move_serial_lora,
         reserve_serial_lora,
         set_serial_lora,
         unload_serial_lora,
@@ -52,7 +53,8 @@ _PLACES = {
     "heads.segmentation": "SerialLoraForSemanticSegmentation",
     "loader": "SerialLoraLoaderMixin",
     "adapters.status": "SerialLoraStatus serial_lora_parameters serial_lora_status",
-    "adapters.lifecycle": "add_serial_lora delete_serial_lora reserve_serial_lora set_serial_lora unload_serial_lora",
+    "adapters.lifecycle": "add_serial_lora delete_serial_lora move_serial_lora reserve_serial_lora set_serial_lora "
+    "unload_serial_lora",
     "convert": "compress_lora export_lora merge_serial_lora",
     "adapters.contexts": "disable_serial_lora serial_lora_batch serial_lora_scale",
     "adapters.fuse": "fuse_serial_lora unfuse_serial_lora",
@@ -86,6 +88,7 @@ __all__ = [
     "initialize_serial_lora",
     "load_serial_lora",
     "merge_serial_lora",
+    "move_serial_lora",
     "register_architecture",
     "reserve_serial_lora",
     "save_serial_lora",

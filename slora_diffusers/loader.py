@@ -25,7 +25,7 @@ def _verb(function: Callable[..., Any]) -> Any:
 
 
 class SerialLoraLoaderMixin:
-    """Serial LoRA's verbs for a pipeline. Every DiffusionPipeline has them once slora_diffusers is imported.
+    """Serial LoRA's verbs for a pipeline; DiffusionPipeline and ModularPipeline have them once this is imported.
 
     Each is the function of the same name, over those components of the pipeline that have adapters (a load: that the
     file names), all or none.
@@ -38,6 +38,7 @@ class SerialLoraLoaderMixin:
     set_serial_lora = _verb(lifecycle.set_serial_lora)
     delete_serial_lora = _verb(lifecycle.delete_serial_lora)
     unload_serial_lora = _verb(lifecycle.unload_serial_lora)
+    move_serial_lora = _verb(lifecycle.move_serial_lora)
     reserve_serial_lora = _verb(lifecycle.reserve_serial_lora)
     fuse_serial_lora = _verb(fuse.fuse_serial_lora)
     unfuse_serial_lora = _verb(fuse.unfuse_serial_lora)

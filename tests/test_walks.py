@@ -10,6 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.walks.neighbours import WalkAmongOthers, WalkCompiled
 
+pytestmark = pytest.mark.filterwarnings("ignore:The adapter was trained on")  # a walk loads other checkpoints
 QUIET: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 

@@ -11,7 +11,7 @@ from ..core.change import Change
 from ..core.compiled import forget_compiled
 from ..core.hooks import FIRST_ARGUMENT, Followed, ModelCall, attach, detach
 from ..core.layer import SerialLoraPair
-from ..core.names import CONTAINER, split_place
+from ..core.names import CONTAINER, is_of_pair, split_place
 from ..core.offload import follow_group_offload, lifted_offload
 from ..core.sites import Slot, find_slots, unwrap
 from ..core.state import Registry, Weights, pairs_of, registry_of, weight_at
@@ -54,6 +54,24 @@ def put_in(
     activate(model, active)
     if new_hooks and registry.capacity is None:
         attach_all(model)
+
+
+def take_out(model: nn.Module, name: str) -> None:
+    """Remove one adapter's matrices from every pair; pairs that are empty then stay."""
+    registry = registry_of(model)
+    for pair in pairs_of(model).values():
+        if name in pair.scaling:
+            with lifted_offload(pair):
+                pair.remove(name)
+    del registry.configs[name]
+    registry.active.pop(name, None)
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Let nothing of the model train but its pairs."""
+    for name, parameter in unwrap(model).named_parameters():
+        if not is_of_pair(name):
+            parameter.requires_grad_(False)
 
 
 def ensure_pair(slot: Slot, registry: Registry) -> SerialLoraPair:

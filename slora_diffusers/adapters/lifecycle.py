@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,7 @@ from torch import nn
 
 from ..config import SerialLoraConfig
 from ..core.change import changing
-from ..core.components import adapted, check_known, denoisers_of, for_each, held_by
-from ..core.names import is_of_pair
+from ..core.components import adapted, check_known, denoisers_of, for_each, held_by, per_component
 from ..core.offload import device_of
 from ..core.pair import GRADIENT, new_matrices
 from ..core.sites import Slot, lora_equivalent, select_slots, unwrap
@@ -26,10 +26,21 @@ from ..core.state import (
     check_room,
     names_with_weights,
     pairs_of,
+    parameters_of,
     registry_of,
 )
 from ..errors import AdapterStateError
-from .attach import activate, attach_all, drop_empty_sites, ensure_pair, put_in, register, remove_all
+from .attach import (
+    activate,
+    attach_all,
+    drop_empty_sites,
+    ensure_pair,
+    freeze_base,
+    put_in,
+    register,
+    remove_all,
+    take_out,
+)
 
 logger = logging.getLogger("diffusers.slora_diffusers")  # a child of diffusers' own: its verbosity holds here too
 
@@ -77,9 +88,7 @@ def add_serial_lora(model: Any, config: SerialLoraConfig, adapter_name: str = "d
     with changing(*models.values()) as change:
         for component, (registry, matrices) in made.items():
             root = unwrap(models[component])
-            for name, parameter in root.named_parameters():
-                if not is_of_pair(name):
-                    parameter.requires_grad_(False)
+            freeze_base(root)
             active = {**registry.active, adapter_name: 1.0}
             put_in(change, root, registry, adapter_name, matrices, config, active, trainable=True)
     reports = {}
@@ -101,7 +110,8 @@ def set_serial_lora(
         model: A model with adapters; or a pipeline, over the components that have the adapters.
         adapter_names: One name or several; an empty list leaves the base.
         weights: One weight for all, or one per name (default 1). A weight is a number, or {regular expression of
-            a site, anchored at both ends: number}, where sites that nothing matches keep 1.
+            a site, anchored at both ends: number}, where sites that nothing matches keep 1; of a pipeline also
+            {component: weight}, e.g. `{"transformer": 1.0, "transformer_2": 0.5}`.
 
     Raises:
         AdapterStateError: If a name is unknown, a pattern matches no site, or adapters are fused.
@@ -109,7 +119,9 @@ def set_serial_lora(
     chosen = names_with_weights(adapter_names, weights)
     models = adapted(model)
     check_known(models, chosen)
-    each = {c: {name: chosen[name] for name in held_by(one, chosen)} for c, one in models.items()}
+    parts = {name: {c: one for c, one in models.items() if held_by(one, [name])} for name in chosen}
+    weights_of = {name: per_component(weight, parts[name]) for name, weight in chosen.items()}
+    each = {c: {name: weights_of[name][c] for name in held_by(one, chosen)} for c, one in models.items()}
     for component, one in models.items():
         check_active(one, each[component])
     with changing(*models.values()):
@@ -135,7 +147,47 @@ def delete_serial_lora(model: Any, adapter_names: str | Sequence[str]) -> None:
         check_not_fused(registry_of(one), "delete an adapter")
     with changing(*models.values()):
         for one in models.values():
-            _delete(one, held_by(one, names))
+            remove_adapters(one, held_by(one, names))
+
+
+def move_serial_lora(model: Any, adapter_names: str | Sequence[str], device: torch.device | str) -> None:
+    """Move idle adapters to another device, such as the CPU; made active there, they are copied at every change.
+
+    Args:
+        model: A model with adapters; or a pipeline, over the components that have them.
+        adapter_names: One name or several; none of them active.
+        device: Where their matrices go.
+
+    Raises:
+        AdapterStateError: If a name is unknown or active, there is no such device, or the model's hooks move its
+            weights themselves; nothing has moved then.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    models = adapted(model)
+    check_known(models, names)
+    for one in models.values():
+        registry = registry_of(one)
+        if busy := [name for name in held_by(one, names) if name in registry.active or name in _fused_in(registry)]:
+            raise AdapterStateError(f"{busy} are active: set_serial_lora() to others first, and then move these.")
+    parameters = [p for one in models.values() for name in held_by(one, names) for p in parameters_of(one, name)]
+    if any(parameter.is_meta for parameter in parameters):
+        raise AdapterStateError(
+            "The adapters are offloaded with their model, which moves them itself: nothing to move."
+        )
+    try:
+        moved = [parameter.detach().to(device) for parameter in parameters]
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise AdapterStateError(f"The adapters cannot be moved to {device!r}: {error}") from error
+    if any(parameter.is_meta for parameter in moved):
+        raise AdapterStateError("The device 'meta' keeps no numbers: move the adapters to 'cpu' instead.")
+    with changing(*models.values()) as change:
+        for parameter, there in zip(parameters, moved, strict=True):
+            change.on_failure(functools.partial(setattr, parameter, "data", parameter.data))
+            parameter.data = there
+
+
+def _fused_in(registry: Registry) -> Sequence[str]:
+    return list(registry.fused.weights) if registry.fused is not None else ()
 
 
 def unload_serial_lora(model: Any) -> None:
@@ -226,20 +278,15 @@ def _dtype(model: nn.Module, slot: Slot) -> torch.dtype:
     return getattr(unwrap(model), "dtype", torch.float32)
 
 
-def _delete(model: nn.Module, names: Sequence[str]) -> None:
+def remove_adapters(model: nn.Module, names: Sequence[str]) -> None:
+    """Remove adapters of a model inside a change; the last one takes its hooks along."""
     registry = registry_of(model)
     if set(names) == set(registry.configs) and registry.capacity is None:
         remove_all(model)
         return
-    pairs = pairs_of(model).values()
-    for pair in pairs:
-        for name in names:
-            if name in pair.scaling:
-                pair.remove(name)
     for name in names:
-        del registry.configs[name]
-        registry.active.pop(name, None)
-    if registry.capacity is None and not all(pair.scaling for pair in pairs):
+        take_out(model, name)
+    if registry.capacity is None and not all(pair.scaling for pair in pairs_of(model).values()):
         drop_empty_sites(model)
 
 

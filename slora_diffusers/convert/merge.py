@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..core.components import adapted, check_known, held_by, names_of
+from ..core.components import adapted, check_known, held_by, names_of, per_component
 from ..core.names import split_place
 from ..core.state import Weights, check_new_name, names_with_weights, registry_of, weight_at
 from ..errors import AdapterFileError, AdapterStateError
@@ -50,7 +50,8 @@ def merge_serial_lora(
     Args:
         model: A model or a pipeline with the adapters.
         names: Adapters to merge; they stay.
-        weights: One weight for all or one for each (a number, or {regular expression of a site: number}); `None`
+        weights: One weight for all or one for each (a number, {regular expression of a site: number}, or of a
+            pipeline {component: weight}); `None`
             is 1.
         new_name: Name of the result.
         rank: Truncate each pair to this rank by SVD of B A; "auto" takes the least rank of each that loses no more than
@@ -69,7 +70,10 @@ def merge_serial_lora(
     sums: Products = {}
     for component, one in models.items():
         check_new_name(registry_of(one), new_name)
-        states = [(adapter_file(one, name, component), chosen[name]) for name in held_by(one, chosen)]
+        states = [
+            (adapter_file(one, name, component), per_component(chosen[name], models)[component])
+            for name in held_by(one, chosen)
+        ]
         if states:
             sums |= weighted_sums(states)
     sums, error, errors = truncate(sums, rank, track)

@@ -120,6 +120,24 @@ def free_name(models: Mapping[str, nn.Module]) -> str:
     return next(n for n in ("default", *(f"default_{i}" for i in range(1, len(taken) + 1))) if n not in taken)
 
 
+def per_component(weight: Any, models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """{component: weight} from one weight for all, or from {component: weight}, where those it leaves out keep 1.
+
+    A weight that is a mapping may also be {regular expression of a site: number}: then it is one for all.
+
+    Raises:
+        AdapterStateError: If some keys are components, and others are not.
+    """
+    if not isinstance(weight, Mapping) or not any(key in models for key in weight):
+        return dict.fromkeys(models, weight)
+    if unknown := [key for key in weight if key not in models]:
+        raise AdapterStateError(
+            f"Weights of components name {unknown}; the adapter is in {sorted(models)}. Patterns of sites go below a "
+            "component: {component: {pattern: number}}."
+        )
+    return {component: weight.get(component, 1.0) for component in models}
+
+
 def for_each(target: Any, results: Mapping[str, Any]) -> Any:
     """What a verb returns: the one result of a model, {component: result} of a pipeline."""
     return results if is_pipeline(target) else next(iter(results.values()))

@@ -4,68 +4,51 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..adapters.attach import put_in
+from ..adapters.attach import drop_empty_sites, freeze_base, put_in, take_out
+from ..adapters.lifecycle import remove_adapters
 from ..config import SerialLoraConfig
 from ..core.change import changing
-from ..core.components import adapted, component_name, components_of, for_each, free_name, is_pipeline
-from ..core.offload import device_of
-from ..core.sites import Slot, find_slots, is_chosen, unwrap
-from ..core.state import Registry, check_new_name, pairs_of, registry_of
+from ..core.components import (
+    DENOISER,
+    adapted,
+    check_known,
+    components_of,
+    for_each,
+    free_name,
+    has_adapters,
+    held_by,
+    is_pipeline,
+    per_component,
+    the_adapter,
+)
+from ..core.state import check_new_name, check_not_fused, registry_of
 from ..errors import AdapterFileError, AdapterStateError
-from .fingerprint import describe_base, warn_of_other_base
-from .format import AdapterFile, Base, Component
-from .storage import check_finite, check_hub_arguments
+from .format import AdapterFile, Component
+from .plan import Plan, check_name, no_component, plan_load
+from .storage import check_hub_arguments
 
 logger = logging.getLogger("diffusers.slora_diffusers")  # a child of diffusers' own: its verbosity holds here too
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | AdapterFile
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_serial_lora` loaded, and (with `strict=False`) what it skipped."""
-
-    adapter_name: str
-    sites: int
-    pairs: int
-    parameters: int
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        text = f"{self.adapter_name}: {self.pairs} pairs on {self.sites} sites, {self.parameters:,} parameters"
-        for what in ("missing", "unexpected", "mismatched"):
-            text += f"; {len(getattr(self, what))} {what}" if getattr(self, what) else ""
-        return text
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A checked load that has not touched the model yet: the matrices are copies, on the device they go to."""
-
-    model: nn.Module
-    config: SerialLoraConfig
-    matrices: list[tuple[Slot, Tensor, Tensor]]
-    report: LoadReport
-
-
 def load_serial_lora(
     model: Any,
     source: Source,
     adapter_name: str | None = None,
-    weight: float = 1.0,
+    weight: float | Mapping[str, float] = 1.0,
     strict: bool = True,
     config: SerialLoraConfig | None = None,
+    *,
+    component: str | None = None,
+    activate: bool = True,
+    hotswap: bool = False,
+    is_trainable: bool = False,
     **hub: Any,
 ) -> Any:
     """Load an adapter into a model or a pipeline; it becomes active beside those that are active already.
@@ -77,10 +60,17 @@ def load_serial_lora(
             or none.
         source: File, folder, Hub id, or state dict.
         adapter_name: Its name from here on; `None` takes the first free one of default, default_1, ...
-        weight: Weight w in `x~ = x + sum_i w_i s_i B_i A_i x`.
+        weight: Weight w in `x~ = x + sum_i w_i s_i B_i A_i x`; of a pipeline also {component: weight}, where those
+            that it leaves out keep 1.
         strict: Whether keys that are missing, unexpected or of a wrong shape are an error; if not, what fits is
             loaded and the report says what did not.
         config: Settings to use instead of the file's; for a plain state dict, which has none.
+        component: The component of the pipeline that the file's one part goes into, whatever it is called in the file,
+            such as "transformer_2"; of a model, which part of the file to take.
+        activate: Whether it becomes active; if not, `set_serial_lora` makes it so later.
+        hotswap: Whether it takes the place of the adapter of that name, all or nothing; with reserved capacity no
+            graph is compiled anew.
+        is_trainable: Whether to go on training it: A and B in fp32, asking for gradients, and the base frozen.
         **hub: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
     Returns:
@@ -91,78 +81,75 @@ def load_serial_lora(
         TypeError: If a keyword argument is unknown.
     """
     check_hub_arguments(hub)
-    check_weight(weight)
     models = components_of(model)
-    name = free_name(adapted(model, required=False)) if adapter_name is None else adapter_name
-    if not is_pipeline(model):
+    weights = per_component(weight, models)
+    for one in weights.values():
+        check_weight(one)
+    name = _name_for(adapted(model, required=False), adapter_name, hotswap)
+    if not is_pipeline(model) and not hotswap:
         check_new_name(registry_of(model, create=True), name)
     file = AdapterFile.read(source, **hub)
-    parts = _parts_for(model, models, file, strict)
-    plans = {c: plan_load(models[c], part, name, strict, config, component=c) for c, part in parts.items()}
-    file.warn_of_rest([key for key, part in file.components.items() if any(part is taken for taken in parts.values())])
-    apply_plans(list(plans.values()), weight)
+    parts = _parts_for(model, models, file, strict, component)
+    plans = {
+        c: plan_load(models[c], part, name, strict, config, component=c, hotswap=hotswap, trainable=is_trainable)
+        for c, part in parts.items()
+    }
+    left = _left_by(models, parts, name) if hotswap and component is None else []
+    if component is None:
+        taken = {id(part) for part in parts.values()}
+        file.warn_of_rest([key for key, part in file.components.items() if id(part) in taken])
+    apply_plans(list(plans.values()), [weights[c] if activate else None for c in plans], left)
     return for_each(model, {component: plan.report for component, plan in plans.items()})
 
 
-def apply_plans(plans: Sequence[Plan], weight: float | None) -> None:
+def apply_plans(
+    plans: Sequence[Plan], weight: float | Sequence[float | None] | None, left: Sequence[nn.Module] = ()
+) -> None:
     """Add the adapters of checked loads to their models, all or none.
 
     Args:
         plans: One for each model.
-        weight: The new adapter's, active beside those that are active already; None leaves it inactive.
+        weight: The new adapter's, active beside those that are active already, or one for each plan; None leaves it
+            inactive.
+        left: Models that lose the adapter of that name, because what replaces it has no part for them.
     """
-    with changing(*(plan.model for plan in plans)) as change:
-        for plan in plans:
+    each = list(weight) if isinstance(weight, Sequence) else [weight] * len(plans)
+    with changing(*(plan.model for plan in plans), *left) as change:
+        for plan, w in zip(plans, each, strict=True):
             registry, name = registry_of(plan.model, create=True), plan.report.adapter_name
-            check_new_name(registry, name)  # once more: another thread may have been here since the check
-            active = dict(registry.active) if weight is None else {**registry.active, name: weight}
-            put_in(change, plan.model, registry, name, plan.matrices, plan.config, active, trainable=False)
+            check_name(registry, name, plan.replaces)  # once more: another thread may have been here since the check
+            if plan.replaces and name in registry.configs:
+                take_out(plan.model, name)
+            if plan.trainable:
+                freeze_base(plan.model)
+            active = dict(registry.active) if w is None else {**registry.active, name: w}
+            put_in(change, plan.model, registry, name, plan.matrices, plan.config, active, trainable=plan.trainable)
+            if plan.replaces and registry.capacity is None:
+                drop_empty_sites(plan.model)
+        for one in left:
+            remove_adapters(one, [plans[0].report.adapter_name])
     for plan in plans:
         skipped = plan.report.missing or plan.report.unexpected or plan.report.mismatched
         logger.log(logging.WARNING if skipped else logging.INFO, "Loaded %s", plan.report)
 
 
-def plan_load(
-    model: nn.Module,
-    part: Component,
-    name: str,
-    strict: bool = True,
-    config: SerialLoraConfig | None = None,
-    component: str | None = None,
-) -> Plan:
-    """Check one component of an adapter against a model; see `load_serial_lora`."""
-    registry = registry_of(model, create=True)
-    check_new_name(registry, name)
-    matrices = part.pairs()
-    if not any(matrices.values()):
-        raise _no_component(component or component_name(model), AdapterFile({component or "": part}))
-    check_finite({f"{key}.lora_{which}": t for key, both in matrices.items() for which, t in both.items()})
-    if config is None:
-        config = part.config or _guessed_config(matrices)
-    slots = {slot.key: slot for slot in find_slots(model)}
-    chosen_by_file = part.config is not None
-    expected = {key for key, slot in slots.items() if is_chosen(slot, config)} if chosen_by_file else set(matrices)
-    missing = sorted(expected - set(matrices)) + [key for key, both in matrices.items() if len(both) < 2]
-    unexpected = sorted(set(matrices) - set(slots))
-    fitting = {key: slots[key] for key in slots if key in matrices and len(matrices[key]) == 2}
-    mismatched = _mismatches(fitting, matrices, config)
-    chosen = [(slot, matrices[k]["A"], matrices[k]["B"]) for k, slot in fitting.items() if k not in mismatched]
-    if not chosen or (strict and (missing or unexpected or mismatched)):
-        wrong = list(mismatched.values())
-        raise AdapterFileError(_misfit_message(model, part.base, missing, unexpected, wrong, slots))
-    _check_capacity(model, registry, chosen)
-    if part.base.fingerprint:
-        warn_of_other_base("adapter", part.base, describe_base(model, list(slots.values())), stacklevel=4)
-    report = LoadReport(
-        name,
-        len({slot.path for slot, _, _ in chosen}),
-        len(chosen),
-        sum(A.numel() + B.numel() for _, A, B in chosen),
-        tuple(missing),
-        tuple(unexpected),
-        tuple(mismatched.values()),
-    )
-    return Plan(model, config, [(slot, *_copies(slot, A, B)) for slot, A, B in chosen], report)
+def _name_for(holders: Mapping[str, nn.Module], given: str | None, hotswap: bool) -> str:
+    """The adapter's name: the one that is given, the first free one, or the only one that can be replaced."""
+    if not hotswap:
+        return free_name(holders) if given is None else given
+    if not holders:
+        raise AdapterStateError("hotswap=True replaces an adapter, and there is none yet: load this one without it.")
+    name = the_adapter(holders) if given is None else given
+    check_known(holders, [name])
+    return name
+
+
+def _left_by(models: Mapping[str, nn.Module], parts: Mapping[str, Component], name: str) -> list[nn.Module]:
+    """The models that hold an adapter of that name and get no part of the new one."""
+    left = [one for c, one in models.items() if c not in parts and has_adapters(one) and held_by(one, [name])]
+    for one in left:
+        check_not_fused(registry_of(one), "replace an adapter")
+    return left
 
 
 def check_weight(weight: Any) -> None:
@@ -171,16 +158,21 @@ def check_weight(weight: Any) -> None:
         raise AdapterStateError(f"weight must be a finite number; got {weight!r}.")
 
 
-def _parts_for(target: Any, models: Mapping[str, nn.Module], file: AdapterFile, strict: bool) -> dict[str, Component]:
+def _parts_for(
+    target: Any, models: Mapping[str, nn.Module], file: AdapterFile, strict: bool, component: str | None
+) -> dict[str, Component]:
     """{component of the target: its part of the file}."""
     parts = file.components
     if not is_pipeline(target):
-        (component,) = models
-        if component not in parts and len(parts) == 1:
-            return {component: next(iter(parts.values()))}  # a pipeline's name for this model, such as text_encoder
-        if component not in parts:
-            raise _no_component(component, file)
-        return {component: parts[component]}
+        (own,) = models
+        wanted = component or own
+        if component is None and own not in parts and len(parts) == 1:
+            return {own: next(iter(parts.values()))}  # a pipeline's name for this model, such as text_encoder
+        if wanted not in parts:
+            raise no_component(wanted, file)
+        return {own: parts[wanted]}
+    if component is not None:
+        return {component: _part_for(component, models, file)}
     if list(parts) == ["model"] and "transformer" in models:
         raise AdapterFileError(
             "The source was saved from a bare model that is not diffusers' own (component 'model'); load it into "
@@ -195,81 +187,15 @@ def _parts_for(target: Any, models: Mapping[str, nn.Module], file: AdapterFile, 
     return {name: parts[name] for name in known}
 
 
-def _no_component(component: str, file: AdapterFile) -> AdapterFileError:
-    keys = [f"{name}.{key}" for name, part in file.components.items() for key in part.tensors]
-    return AdapterFileError(
-        f"The source has no key of the component {component!r}. Expected keys like "
-        f"'{component}.<path of the attention>.serial_lora.<pair>.lora_A.weight'; found "
-        f"{', '.join(keys[:3]) or 'no key at all'} (components {list(file.components)}). An ordinary LoRA is turned "
-        "into a Serial LoRA by compress_lora()."
-    )
-
-
-def _copies(slot: Slot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices where they go: copies, for a state dict's tensors may be another model's own parameters."""
-    device = device_of(slot.projections[0].owner, slot.projections[0].attribute)
-    device = "cpu" if device.type == "meta" else device  # a base that has no numbers yet must not take theirs
-    kinds = [torch.float32 if matrix.element_size() == 1 else matrix.dtype for matrix in (A, B)]  # float8 has no sums
-    A, B = (m.detach().to(device, kind, copy=True).contiguous() for m, kind in zip((A, B), kinds, strict=True))
-    return A, B
-
-
-def _guessed_config(matrices: Mapping[str, Mapping[str, Tensor]]) -> SerialLoraConfig:
-    warnings.warn(
-        "The source carries no config, so its scale is unknown: every pair is taken with alpha = rank (s = 1). Pass "
-        "config=SerialLoraConfig(...) if it was trained with another.",
-        stacklevel=4,
-    )
-    ranks = {key: both["A"].shape[0] for key, both in matrices.items() if "A" in both and both["A"].ndim}
-    rank = max(ranks.values(), default=1)
-    return SerialLoraConfig(rank=rank, rank_pattern={re.escape(k): r for k, r in ranks.items() if r != rank})
-
-
-def _mismatches(
-    slots: Mapping[str, Slot], matrices: Mapping[str, Mapping[str, Tensor]], config: SerialLoraConfig
-) -> dict[str, str]:
-    wrong: dict[str, str] = {}
-    for key, slot in slots.items():
-        A, B = tuple(matrices[key]["A"].shape), tuple(matrices[key]["B"].shape)
-        r, d = config.rank_of(slot.path, slot.key), slot.features
-        if A != (r, d) or B != (d, r):  # noqa: SIM300 (matrices, not constants)
-            wrong[key] = f"{key}: lora_A {A} and lora_B {B}, expected ({r}, {d}) and ({d}, {r})"
-    return wrong
-
-
-def _misfit_message(
-    model: nn.Module,
-    base: Base,
-    missing: list[str],
-    unexpected: list[str],
-    mismatched: list[str],
-    slots: Mapping[str, Slot],
-) -> str:
-    lines = [f"The adapter does not fit {type(unwrap(model)).__name__}; nothing was loaded."]
-    for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", mismatched)):
-        if keys:
-            lines.append(f"{len(keys)} {what}: {'; '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}.")
-    if base.kind:
-        lines.append(f"It was trained on {base.kind} {base.name or ''}".rstrip() + ".")
-    lines.append(f"The model has {len(slots)} places, such as {next(iter(slots))}.")
-    lines.append("Load it into the base it was made for, or pass strict=False to load what fits.")
-    return " ".join(lines)
-
-
-def _check_capacity(model: nn.Module, registry: Registry, chosen: list[tuple[Slot, Tensor, Tensor]]) -> None:
-    if registry.capacity is None:
-        return
-    room, pairs = registry.capacity[0] * registry.capacity[1], pairs_of(model)
-    for slot, A, _ in chosen:
-        pair = pairs.get(slot.key)
-        if pair is None or pair.stacked_A is None:
-            raise AdapterStateError(
-                f"No capacity is reserved at {slot.key}, which the adapter uses. Reserve it with "
-                "reserve_serial_lora(inputs=...) before compiling."
-            )
-        used = sum(pair.matrices(name)[0].shape[0] for name in pair.weights)
-        if used + A.shape[0] > room:
-            raise AdapterStateError(
-                f"The adapter's rank {A.shape[0]} beside {used} of the active adapters exceeds the reserved capacity "
-                f"of {room} at {slot.key}. Set or delete some first, or reserve more before compiling."
-            )
+def _part_for(component: str, models: Mapping[str, nn.Module], file: AdapterFile) -> Component:
+    """The part of a file that goes into a component that the user names: its own, or the only one for a transformer."""
+    if component not in models:
+        raise AdapterStateError(f"component must be one of {sorted(models)}; got {component!r}.")
+    own = [name for name in file.components if name == component]
+    only = own or [name for name in file.components if name.startswith(DENOISER)] or list(file.components)
+    if len(only) != 1:
+        raise AdapterFileError(
+            f"The file has parts for {list(file.components)}, and it is not clear which of them goes into {component}: "
+            "load that part into the component itself, load_serial_lora(pipe.<component>, source, component=<part>)."
+        )
+    return file.components[only[0]]
