@@ -1,7 +1,7 @@
 """Serial LoRA for diffusion and vision transformers: `x~ = (I + s B A) x`, one pair per attention input.
 
-The names are imported when they are used, so that `slora --help` need not wait for torch. Every DiffusionPipeline and ModularPipeline has
-the verbs as soon as both packages are imported, whichever comes first.
+The names are imported when they are used, so that `slora --help` need not wait for torch. Every DiffusionPipeline
+and ModularPipeline has the verbs as soon as both packages are imported, whichever comes first.
 
 Source: Zhong et al., Serial Low-rank Adaptation of Vision Transformer, ICME 2025, arXiv 2503.17750.
 """
