@@ -269,7 +269,8 @@ def _check_understood(lora: ReadLora, source: Any, models: Mapping[str, nn.Modul
     parts += [f"{len(unknown)} modules are not in {kinds} ({some(unknown)})"] if unknown else []
     raise AdapterFileError(
         f"{name_of(source)} would be half read: {' and '.join(parts)}. Pass keep_rest=<folder> (--keep-rest) to keep "
-        "them beside the result as they are, or check that the LoRA is for this base."
+        "them beside the result as they are, or check that the LoRA is for this base; its pipeline knows more names "
+        "than a model alone."
     )
 
 
