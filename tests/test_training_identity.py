@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AddedToken
 
 from slora_diffusers.errors import SerialLoraError
+from slora_diffusers.training.checkpoint import STATE_NAME, find_checkpoint
 from slora_diffusers.training.data.cache import Latents, TensorCache, cache_texts, encode_moments
 from slora_diffusers.training.data.folders import find_images
 from slora_diffusers.training.data.identity import component_key, key_of, model_key, pipeline_key
@@ -225,3 +226,34 @@ def test_ones_own_class_images_are_used_and_those_of_another_key_are_not(tmp_pat
     found = images.find()
     assert [item.name for item in found] == ["0.png", "1.png", "class-00000.png"]
     assert {item.caption for item in found} == {"a cat"}
+
+
+# --- checkpoints ---
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_resumed_run_says_when_its_images_are_others_under_the_same_names(bases, tmp_path, caplog):
+    subject = pictures(tmp_path / "subject", 0)
+    options = {"checkpointing_steps": 1, "validation_steps": 0}
+    run("sd3", bases, subject, tmp_path / "out", **options)
+    resumed = {**options, "max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    caplog.clear()
+    run("sd3", bases, subject.rename(tmp_path / "moved"), tmp_path / "out", **resumed)
+    assert "the images, captions and weights are not those" not in caplog.text
+    pictures(tmp_path / "moved", 7, count=1)
+    run("sd3", bases, tmp_path / "moved", tmp_path / "out", **{**resumed, "max_train_steps": 4})
+    assert "the images, captions and weights are not those" in caplog.text
+
+
+def test_a_checkpoint_that_may_be_one_of_two_is_asked_for_by_its_whole_path(tmp_path, monkeypatch):
+    for folder in (tmp_path / "here", tmp_path / "out"):
+        (folder / "checkpoint-1").mkdir(parents=True)
+        (folder / "checkpoint-1" / STATE_NAME).touch()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(SerialLoraError, match="give the whole path of one"):
+        find_checkpoint(tmp_path / "out", "checkpoint-1")
+    assert (
+        find_checkpoint(tmp_path / "out", str(tmp_path / "out" / "checkpoint-1")) == tmp_path / "out" / "checkpoint-1"
+    )
+    monkeypatch.chdir(tmp_path / "out")
+    assert find_checkpoint(tmp_path / "out", "checkpoint-1") is not None

@@ -85,13 +85,16 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     """The checkpoint that --resume_from_checkpoint names: the last one for "latest" (None if there is none yet).
 
     Raises:
-        SerialLoraError: If a folder is named that is not a complete checkpoint.
+        SerialLoraError: If a folder is named that is not a complete checkpoint, or two checkpoints are.
     """
     if name == "latest":
         return (checkpoints(output_dir) or [None])[-1]
-    for path in (Path(name), output_dir / name):
-        if (path / STATE_NAME).is_file():
-            return path
+    found = {path.resolve(): path for path in (Path(name), output_dir / name) if (path / STATE_NAME).is_file()}
+    if len(found) > 1:
+        both = " and ".join(str(path) for path in found)
+        raise SerialLoraError(f"--resume_from_checkpoint {name} may be {both}: give the whole path of one.")
+    if found:
+        return next(iter(found.values()))
     have = ", ".join(path.name for path in checkpoints(output_dir)) or "none"
     raise SerialLoraError(f"--resume_from_checkpoint {name} is not a checkpoint; {output_dir} has: {have}.")
 

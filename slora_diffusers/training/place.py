@@ -32,6 +32,7 @@ class Place:
         weight_dtype: What the frozen base is held in.
         output_dir: Where everything is written.
         repository: Where on the Hub the result goes, None for nowhere.
+        identities: {what is trained on: key of its content}, which a checkpoint remembers.
 
     Raises:
         SerialLoraError: If a package that an option needs is missing, or options contradict each other.
@@ -55,6 +56,7 @@ class Place:
         if asked := self._processes_asked_for():
             logger.warning("%s, but this run has %d: see `accelerate config`", asked, self.processes)
         self.repository: str | None = None
+        self.identities: dict[str, str] = {}
         if options.push_to_hub and self.accelerator.is_main_process:
             self.repository = reserve_repository(options.hub_model_id or self.output_dir, options.hub_token)
         self.device = self.accelerator.device

@@ -161,6 +161,7 @@ class Run:
         specs = specs_of(self.options)
         options = {name: value for name, value in asdict(self.options).items() if not specs[name][0].secret}
         made_by = {"step": self.done, "options": options, "processes": self.place.processes}
+        made_by["identities"] = dict(self.place.identities)
         state = {**made_by, **self.optimization.state()}
         limit = self.options.checkpoints_total_limit
         checkpoint.write_checkpoint(self.output_dir, self.done, state, limit, self._save_adapter, self.place.is_main)
@@ -225,6 +226,9 @@ class Run:
             return
         state = checkpoint.read_checkpoint(path)
         self._compare(path, state["options"], state["processes"])
+        for name, key in self.place.identities.items():
+            if state.get("identities", {}).get(name, key) != key:
+                logger.warning("%s are not those of %s: the run will not equal an uninterrupted one", name, path)
         self.optimization.load_state(state)
         self.done = state["step"]
         if self.done >= self.steps_in_all:

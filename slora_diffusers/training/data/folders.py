@@ -20,12 +20,11 @@ from typing import Any
 
 from ...errors import SerialLoraError
 from .captions import EXTENSIONS, CaptionStyle, read_text
-from .images import SUFFIXES, Item, Shape, read_image, read_row, upright_size
+from .images import DECODE_AT_MOST, SUFFIXES, Item, Shape, read_image, read_row, upright_size
 
 logger = logging.getLogger(__name__)
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_KEYS = ("text", "caption", "prompt")
-_DECODE_AT_MOST = 20_000  # every image is decoded before training, unless there are more than this
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _read_all(folder: Path, paths: list[Path]) -> tuple[list[Item], list[tuple[str, str]]]:
-    decode = len(paths) <= _DECODE_AT_MOST
+    decode = len(paths) <= DECODE_AT_MOST
 
     def look(path: Path) -> Shape | SerialLoraError:
         try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
 from ..data.cache import Latents, TensorCache
-from ..data.images import Item, Shape
+from ..data.images import Item, Shape, content_of
 from ..data.order import Rows, enlarged, nearest_shape
 from ..options import CommonOptions
 from ..place import Place
@@ -43,6 +43,7 @@ class Samples:
         self._latents = Latents(vae, cache, not options.center_crop, options.random_flip, place.device)
         rows = Rows.of(items, shapes, options.train_batch_size * place.processes, options.seed)
         self.per_epoch = rows.per_epoch
+        place.identities["the images, captions and weights"] = content_of(items, prior)
         for line in rows.report():
             logger.info(line)
         for line in (*rows.waste(), *enlarged(items, rows.shapes)):
