@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from slora_diffusers import SerialLoraConfig, SerialLoraForImageClassification
 from tests.test_trainer_callback import Stripes
 from tests.test_trainer_callback import model as adapted
 from tests.test_vision_promptable import batch, sam
@@ -17,7 +18,7 @@ from tests.tiny.vision import VISION
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "vision.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-assert len(BLOCKS) == 6
+assert len(BLOCKS) == 7
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
@@ -42,6 +43,11 @@ def test_block_runs(number: int, tmp_path, monkeypatch):
         "model": adapted(),
         "images": Stripes(),
     }
+    if "to_transformers" in BLOCKS[number]:  # goes on from what the page's classifier wrote
+        base = tmp_path / "facebook" / "vit"
+        VISION["ViTModel"].build().save_pretrained(base)
+        made = SerialLoraForImageClassification.from_backbone(base, 3, SerialLoraConfig(rank=2))
+        made.save_pretrained("outputs/classifier")
     exec(compile(BLOCKS[number], f"docs/vision.md, block {number + 1}", "exec"), names)
     model = names["model"]
     assert any(".serial_lora." in key for key, _ in model.named_parameters()) or "logits" in names

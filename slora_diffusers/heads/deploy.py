@@ -55,7 +55,7 @@ def image_classifier(
     import transformers
 
     plain = fused_copy(backbone)
-    config = copy.deepcopy(getattr(plain, "config", None))
+    config: Any = copy.deepcopy(getattr(plain, "config", None))
     names = dict(enumerate(label_names))
     try:
         config.id2label, config.label2id = names, {name: i for i, name in names.items()}
@@ -65,7 +65,7 @@ def image_classifier(
         raise ArchitectureError(f"transformers classifies no images with a {type(plain).__name__}. {_ELSE}") from error
     model = model.to(expected.device, next(plain.parameters()).dtype).requires_grad_(False).eval()
     inner = getattr(model, model.base_model_prefix, None)
-    classifier = getattr(model, "classifier", None)
+    classifier: Any = getattr(model, "classifier", None)
     fits = isinstance(classifier, nn.Linear) and classifier.weight.shape == head.weight.shape
     if isinstance(inner, nn.Module) and fits:
         wrong = inner.load_state_dict(plain.state_dict(), strict=False)

@@ -39,11 +39,8 @@ class Preprocessing:
 
     def __call__(self, image: Any) -> Tensor:
         """A PIL image, of any size and mode, as pixel values (3, H, W): upright, transparent parts white."""
-        import numpy as np
-
         height, width = self.size
-        resized = upright_rgb(image).resize((width, height), 2)  # 2: bilinear, in every version of Pillow
-        return self.normalize(torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255)
+        return self.normalize(pixels_of(upright_rgb(image).resize((width, height), 2)))  # 2: bilinear
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Pixels in [0, 1], (..., 3, H, W), as the backbone reads them."""
@@ -117,6 +114,13 @@ class Preprocessing:
         kind = getattr(config, "model_type", "").removesuffix("_vision_model")
         mean, std = _PRETRAINED_WITH.get(kind, (IMAGENET_MEAN, IMAGENET_STD))
         return cls(_size(_image_size(config)), mean, std)
+
+
+def pixels_of(image: Any) -> Tensor:
+    """A PIL image, of any size and mode, as pixels (3, H, W) in [0, 1]: upright, transparent parts white."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(upright_rgb(image))).permute(2, 0, 1).float() / 255
 
 
 def upright_rgb(image: Any) -> Any:

@@ -18,6 +18,8 @@ from ..adapters.contexts import serial_lora_scale
 from ..errors import SerialLoraError
 from ..files.format import AdapterFile, Base
 from ..heads.base import open_backbone
+from ..heads.preprocessing import pixels_of
+from ..heads.tiling import tiled
 from ..training.data.images import SUFFIXES, read_image
 from ..training.methods import LORA_WEIGHT_NAME, PeftLora
 from ..training.vision.recipe import HEAD_NAME
@@ -114,17 +116,33 @@ def predictions(
     """
     like = next(model.parameters())
     adapted = getattr(model.backbone, "_serial_lora", None) is not None
+    see = _in_tiles if getattr(options, "tile", None) else _squashed
     with tqdm(total=len(paths), unit="image") as bar:
         for start in range(0, len(paths), options.batch_size):
             images = _read(paths[start : start + options.batch_size], skipped)
             if images:
-                pixels = torch.stack([model.preprocessing(image) for image in images.values()]).to(like)
                 with serial_lora_scale(model.backbone, options.scale) if adapted else nullcontext():
-                    logits = model(pixels).logits.float().cpu()
+                    logits = see(model, list(images.values()), like, options)
                 yield from zip(images, images.values(), logits, strict=True)
             bar.update(min(options.batch_size, len(paths) - start))
     if len(skipped) == len(paths):
         raise SerialLoraError(f"none of the {len(paths)} files is an image: {skipped[0]['reason']}")
+
+
+def _squashed(model: Any, images: Sequence[Image.Image], like: Tensor, options: argparse.Namespace) -> Sequence[Tensor]:
+    """Every image at the model's own size and shape."""
+    pixels = torch.stack([model.preprocessing(image) for image in images]).to(like)
+    return list(model(pixels).logits.float().cpu())
+
+
+def _in_tiles(model: Any, images: Sequence[Image.Image], like: Tensor, options: argparse.Namespace) -> Sequence[Tensor]:
+    """Every image at its own size and shape, tile by tile."""
+
+    def run(pixels: Tensor) -> Tensor:
+        return model(pixels).logits
+
+    prepared = (model.preprocessing.normalize(pixels_of(image)).to(like) for image in images)
+    return [tiled(run, pixels, options.tile, options.overlap).cpu() for pixels in prepared]
 
 
 def _read(paths: Sequence[Path], skipped: list[dict[str, str]]) -> dict[Path, Image.Image]:

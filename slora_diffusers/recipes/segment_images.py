@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import SerialLoraError
+from ..heads.backbones import patch_size
 from ..heads.segmentation import SerialLoraForSemanticSegmentation
+from ..heads.tiling import check_tiles
 from ..training.vision.pictures import overlay
 from .inference import image_files, make_parser, open_model, predictions
 
@@ -28,11 +30,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/segmentation"), help="Where the pictures go.")
     parser.add_argument("--opacity", type=float, default=0.55, help="Weight of the colours in the overlay, 0 to 1.")
+    parser.add_argument("--tile", type=int, help="Side of the tiles in which images are seen at their own resolution.")
+    parser.add_argument("--overlap", type=int, default=64, help="Pixels that tiles share, where they are blended.")
     options = parser.parse_args(argv)
     if not 0 <= options.opacity <= 1:
         raise SerialLoraError(f"--opacity must lie in [0, 1]; got {options.opacity}.")
     paths = image_files(options.images)
     model = open_model((SerialLoraForSemanticSegmentation,), options)
+    if options.tile is not None:
+        check_tiles(options.tile, options.overlap, patch_size(model.backbone))
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results, skipped, used = [], [], set()
     for path, image, logits in predictions(model, paths, options, skipped):

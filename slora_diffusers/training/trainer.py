@@ -60,6 +60,7 @@ class SerialLoraTrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
+        save_trained(self.model, folder, self.adapter_name, self.args.should_save)
         if trains_more_than_pairs(self.model):
             super()._save(str(folder), state_dict)  # type: ignore[misc]
         elif self.args.should_save:
@@ -68,7 +69,6 @@ class SerialLoraTrainerMixin:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        save_trained(self.model, folder, self.adapter_name, self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resumed = Path(resume_from_checkpoint)
