@@ -111,7 +111,7 @@ def listening(batcher: Batcher, api_key: str | None = None) -> Iterator[str]:
 def events(response: requests.Response) -> Iterator[tuple[str, dict[str, Any]]]:
     """(event, data) of every server-sent event."""
     name = ""
-    for line in response.iter_lines(decode_unicode=True):
+    for line in map(str, response.iter_lines(decode_unicode=True)):
         if line.startswith("event: "):
             name = line.removeprefix("event: ")
         elif line.startswith("data: "):

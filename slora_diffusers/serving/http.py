@@ -7,7 +7,7 @@ import base64
 import hmac
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
@@ -192,7 +192,9 @@ def _refusal(error: BaseException) -> JSONResponse:
     return JSONResponse({"detail": " ".join(str(error).split())}, status, more.get(status))
 
 
-async def _events(http: HttpRequest, job: Job, told: asyncio.Queue[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+async def _events(
+    http: HttpRequest, job: Job, told: asyncio.Queue[dict[str, Any]]
+) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a job until it has ended; a client that leaves ends it, and so does its deadline."""
     left = asyncio.ensure_future(_left(http))
     try:

@@ -55,7 +55,7 @@ class Drawer:
     async def generate(self, body: dict[str, Any]) -> Answer:
         """Status code and JSON of one request."""
         if names := serve.get_multiplexed_model_id():
-            await self.route(names)
+            await self.route(names)  # pyright: ignore[reportCallIssue]  Ray's decorator is not typed
         return await self.draw(body)
 
     async def _answer(self, body: dict[str, Any]) -> Answer:
