@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.components import adapted, check_known, has_adapters, is_pipeline
+from ..core.components import adapted, check_known, components_of, has_adapters, is_pipeline
 from ..core.names import split_place
 from ..core.sites import unwrap
 from ..core.state import pairs_of, parameters_of, registry_of
@@ -63,7 +63,8 @@ def serial_lora_status(model: Any) -> Any:
     """
     if is_pipeline(model):
         return {component: _status(one) for component, one in adapted(model, required=False).items()}
-    return _status(model)
+    (one,) = components_of(model).values()
+    return _status(one)
 
 
 def serial_lora_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Parameter]:
