@@ -24,12 +24,13 @@ ROWS = {
     "lora-r2-gradient": "LoRA, r = 2, gradient",
     "lora-r8": "LoRA, r = 8",
     "serial-r8+output": "Serial LoRA, r = 8, with outputs",
+    "serial-r8+output-gradient": "Serial LoRA, r = 8, with outputs, gradient",
 }
 LINES = {  # of the plot: its methods, by number of parameters
     "LoRA": ("lora-r2", "lora-r4", "lora-r8"),
     "Serial LoRA": ("serial-r8", "serial-r32"),
     "Serial LoRA, inputs and outputs": ("serial-r4+output", "serial-r8+output", "serial-r16+output"),
-    "Serial LoRA, gradient start": ("serial-r8-gradient",),
+    "Serial LoRA, gradient start": ("serial-r8-gradient", "serial-r8+output-gradient"),
     "LoRA, gradient start": ("lora-r2-gradient",),
 }
 COLOURS = ("#e6862e", "#3b82c4", "#2a9d72", "#c0417f", "#a8912a")
@@ -107,7 +108,11 @@ def plot(path: Path, theme: str, folder: Path = RESULTS) -> Path:
     axes.set_xticks([73.7, 147.5, 294.9], ["74 k", "147 k", "295 k"])
     axes.set_xlabel("trained parameters", color=ink)
     axes.set_ylabel("test accuracy, %", color=ink)
-    axes.set_title("DINOv2-S, 16 digits of each class: mean and 95 % interval over 20 seeds", color=ink, fontsize=10)
+    axes.set_title(
+        "DINOv2-S, 16 digits of each class: mean and 95 % interval over 20 seeds (gradient, with outputs: 9)",
+        color=ink,
+        fontsize=9,
+    )
     axes.tick_params(colors=ink, which="both")
     axes.minorticks_off()
     axes.grid(color=grid, linewidth=0.6)
