@@ -302,6 +302,13 @@ class TestBadInput:
             sl.export_lora(model, tmp_path / "out", format="peft", dtype=torch.float16)
         assert not (tmp_path / "out").exists()
 
+    def test_a_file_in_the_way_is_an_error(self, model, tmp_path):
+        (tmp_path / "file").write_text("theirs")
+        for path in ("file", "file/lora"):
+            with pytest.raises(sl.SerialLoraError, match="save_directory must be a folder"):
+                sl.export_lora(model, tmp_path / path, format="peft")
+        assert (tmp_path / "file").read_text() == "theirs"
+
     def test_a_model_without_adapters_is_an_error(self, tmp_path):
         with pytest.raises(sl.SerialLoraError, match="no active adapter"):
             sl.export_lora(TINY["DiTTransformer2DModel"].build(), tmp_path, format="peft")

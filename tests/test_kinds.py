@@ -276,9 +276,9 @@ class TestNothingIsHalfRead:
     def test_the_model_is_as_it_was_when_the_rest_cannot_be_written(self, lora, tmp_path):
         (tmp_path / "file").write_text("in the way")
         model = TINY_DIT.build()
-        with pytest.raises((sl.SerialLoraError, OSError)):
+        with pytest.raises(sl.SerialLoraError, match="must be a folder"):
             sl.compress_lora(model, {**lora, "emb_params": torch.ones(2)}, rank=4, keep_rest=tmp_path / "file")
         assert not sl.serial_lora_status(model).adapters
-        with pytest.raises((sl.SerialLoraError, OSError)):
+        with pytest.raises(sl.SerialLoraError, match="must be a folder"):
             sl.compress_lora(model, lora, rank=4, plot=tmp_path / "file" / "x.png")
         assert not sl.serial_lora_status(model).adapters

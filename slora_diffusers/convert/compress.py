@@ -20,7 +20,7 @@ from ..files.load import apply_plans, plan_load
 from ..files.storage import write_safetensors
 from .closed_form import RIDGE, SiteError, compress_slot
 from .layouts.read import Part, ReadLora, name_of, read_lora, some
-from .layouts.write import Target, unread_by_diffusers, write_lora
+from .layouts.write import Target, check_folder, unread_by_diffusers, write_lora
 from .lowrank import Products, Track, check_rank, silently
 from .pairs import as_adapter
 from .plots import plot_errors
@@ -128,6 +128,10 @@ def compress_lora(
     Source: Eckart and Young for the closed form; the ridge is Tikhonov's.
     """
     check_arguments(rank, ridge)
+    if keep_rest is not None:
+        check_folder(keep_rest, "keep_rest")
+    if plot is not None:
+        check_folder(Path(plot).parent, "the folder of the plot")
     models, pipeline = components_of(model), model if is_pipeline(model) else None
     lora = read_lora(lora_source, models, weight_name, pipeline, **hub)
     slots = {c: slots_with_parts(models[c], parts, inputs) for c, parts in lora.parts.items()}

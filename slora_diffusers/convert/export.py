@@ -21,7 +21,7 @@ from ..core.state import Weights, names_with_weights, pairs_of, registry_of, wei
 from ..errors import AdapterStateError, SerialLoraError
 from ..files.fingerprint import describe_base
 from ..files.format import library_version
-from .layouts.write import Target, as_kohya, check_format, how_to_load, unread_by_diffusers, write_lora
+from .layouts.write import Target, as_kohya, check_folder, check_format, how_to_load, unread_by_diffusers, write_lora
 from .lowrank import LowRank, Products, Sized, Track, check_rank, silently, sizes, truncate
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -92,6 +92,7 @@ def export_lora(
             quantized or offloaded; nothing is written then.
     """
     check_rank(rank)
+    check_folder(save_directory, "save_directory")
     models, pipeline = adapted(model_or_pipe, required=False), model_or_pipe if is_pipeline(model_or_pipe) else None
     chosen = _chosen(model_or_pipe, models, adapter_names, weights)
     models = {component: models[component] for component in chosen}

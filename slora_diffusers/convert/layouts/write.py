@@ -6,6 +6,7 @@ Every scale is in the matrices already, so each format says alpha = rank: a fact
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -98,6 +99,13 @@ def check_format(format: str, target: Target) -> None:
             f"The stock loaders of format={format!r} do not read {sorted(unread)} here ({_kinds(target, unread)}). "
             "Export with format='peft', which PEFT loads into any model."
         )
+
+
+def check_folder(path: str | os.PathLike[str], option: str) -> None:
+    """Raise SerialLoraError unless a folder is there or can be made, before anything is computed for it."""
+    place = next((part for part in (Path(path), *Path(path).parents) if part.exists()), None)
+    if place is not None and not place.is_dir():
+        raise SerialLoraError(f"{option} must be a folder; {place} is a file. Give another.")
 
 
 def unread_by_diffusers(target: Target) -> list[str]:
