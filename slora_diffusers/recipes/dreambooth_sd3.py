@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for name in trained:
         attach(getattr(pipe, name), options, component=name)
     objective = objective_for(pipe.scheduler, options, tokens=subject.tokens)
-    rates = dict.fromkeys(CLIP_ENCODERS, options.text_encoder_lr)
+    rates: dict[str, float] = dict.fromkeys(CLIP_ENCODERS, options.text_encoder_lr)
     run = Run(place, options, {name: getattr(pipe, name) for name in trained}, samples.per_epoch, rates)
     transformer, *clips = run.called.values()
 

@@ -61,15 +61,17 @@ def find_items(options: Options, label_map: LabelMap) -> tuple[list[Item], Masks
     """The images to train on and readers of their masks, by name; and those to validate on."""
     if (options.train_data_dir is None) == (options.dataset_name is None):
         raise SerialLoraError("give one of --train_data_dir and --dataset_name.")
-    columns = (options.image_column, options.mask_column)
+    if options.validation_split is not None and options.dataset_name is None:
+        raise SerialLoraError("--validation_split is one of --dataset_name; with a folder, --validation_data_dir.")
+    dataset, columns = options.dataset_name or "", (options.image_column, options.mask_column)
     if options.train_data_dir is not None:
         items, masks = mask_folder(options.train_data_dir, label_map)
     else:
-        items, masks = mask_dataset(options.dataset_name, options.dataset_split, *columns, label_map)
+        items, masks = mask_dataset(dataset, options.dataset_split, *columns, label_map)
     if options.validation_data_dir is not None:
         return items, masks, *mask_folder(options.validation_data_dir, label_map)
     if options.validation_split is not None:
-        return items, masks, *mask_dataset(options.dataset_name, options.validation_split, *columns, label_map)
+        return items, masks, *mask_dataset(dataset, options.validation_split, *columns, label_map)
     items, unseen = hold_out(items, options.validation_fraction, options.seed)
     return items, {item.name: masks[item.name] for item in items}, unseen, masks
 
