@@ -74,7 +74,9 @@ def interruptible() -> Iterator[Interrupt]:
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        before = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}  # nohup ignores SIGHUP
+        hangup = getattr(signal, "SIGHUP", None)
+        ignored = {n for n, h in handlers.items() if h is None or (n == hangup and h == signal.SIG_IGN)}  # by nohup
+        before = {n: h for n, h in handlers.items() if n not in ignored}
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupt.signalled = True

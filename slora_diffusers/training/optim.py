@@ -133,6 +133,8 @@ def evaluation_weights(optimizer: Any) -> Iterator[None]:
     """Inside, the parameters are those to evaluate and save: schedule-free optimizers train at another point."""
     inner = getattr(optimizer, "optimizer", optimizer)
     switches = hasattr(inner, "eval") and hasattr(inner, "train")
+    trained = [p for group in inner.param_groups for p in group["params"]] if switches else []
+    kept = [p.detach().clone() for p in trained]
     if switches:
         inner.eval()
     try:
@@ -140,3 +142,6 @@ def evaluation_weights(optimizer: Any) -> Iterator[None]:
     finally:
         if switches:
             inner.train()
+            with torch.no_grad():
+                for parameter, value in zip(trained, kept, strict=True):
+                    parameter.copy_(value)  # there and back again rounds
