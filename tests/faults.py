@@ -22,9 +22,13 @@ class Fault(BaseException):
     """What is raised: no Exception, as KeyboardInterrupt is none."""
 
 
+class OutOfMemoryFault(RuntimeError):
+    """What is raised where an accelerator runs out of memory: an Exception, which code may catch."""
+
+
 @contextmanager
-def fault_at(line: int | None, within: str = PACKAGE) -> Iterator[Callable[[], int]]:
-    """Raise `Fault` at the n-th line that runs inside the block in files under `within`; None only counts them."""
+def fault_at(line: int | None, within: str = PACKAGE, kind: type[BaseException] = Fault) -> Iterator[Callable[[], int]]:
+    """Raise `kind` at the n-th line that runs inside the block in files under `within`; None only counts them."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -34,7 +38,7 @@ def fault_at(line: int | None, within: str = PACKAGE) -> Iterator[Callable[[], i
         if event == "line":
             count += 1
             if count == line:
-                raise Fault(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                raise kind(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         return trace
 
     before = sys.gettrace()
