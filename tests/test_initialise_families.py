@@ -24,11 +24,14 @@ def test_the_start_catches_the_gradient_in_every_family(name):
     torch.manual_seed(0)
     sl.add_serial_lora(model, sl.SerialLoraConfig(rank=2, inputs=inputs))
     backward = backward_of(model, tiny, batches=1)
-    usual, gradients = rows_of(model), full_gradients(model, backward)
-    report = sl.initialize_serial_lora(model, backward, passes=4)
+    try:
+        usual, gradients = rows_of(model), full_gradients(model, backward)
+    except NotImplementedError as error:
+        pytest.skip(str(error))  # FlexAttention has no backward pass on a CPU
+    report = sl.initialize_serial_lora(model, backward, passes=20)
     for key, A in rows_of(model).items():
         if key in report.unchanged:
             assert key not in gradients or not gradients[key].any()
             assert A.equal(usual[key])
         else:
-            assert caught(A, gradients[key]) >= 0.9 * best(gradients[key], 2)
+            assert caught(A, gradients[key]) >= 0.95 * best(gradients[key], 2)
