@@ -90,7 +90,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=built, eos_token=alphabet[0], pad_token=alphabet[0])
 
 
-def base() -> nn.Module:
+def base() -> Any:
     config = {**TEXT["LlamaForCausalLM"].build().config.to_dict(), "vocab_size": 256, "max_position_embeddings": 128}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
 

@@ -35,7 +35,11 @@ from tests.test_vision_promptable import MODELS, batch, make
 from tests.tiny.text import TEXT
 from tests.tiny.vision import SIZE, VISION
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerator"),
+    # transformers renames it to activation_checkpointing; what users write today has to work.
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
+]
 CONFIG = SerialLoraConfig(rank=2)
 
 

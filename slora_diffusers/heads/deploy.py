@@ -33,7 +33,7 @@ def fused_copy(backbone: nn.Module) -> Any:
 
 def image_classifier(
     backbone: nn.Module,
-    head: nn.Linear,
+    head: Any,
     label_names: Sequence[str],
     problem_type: str,
     preprocessing: Preprocessing,
