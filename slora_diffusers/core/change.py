@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -102,32 +102,21 @@ class Snapshot:
         self.registry = _registry(model)
         self.fields = _copied(vars(self.registry)) if self.registry is not None else {}
         self.fused = self.registry is not None and self.registry.call.fused
-        self.trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self.modules: list[tuple[nn.Module, list[dict[Any, Any]], dict[str, Any] | None, Any]] = []
+        self.trains: list[tuple[nn.Parameter, bool]] = []
+        self.modules: list[tuple[nn.Module, _Kept | None]] = []
         self.pairs: list[tuple[SerialLoraPair, dict[str, Any], Any]] = []
-        for module in model.modules():
-            hooks = [dict(getattr(module, name)) for name in _HOOKS]
-            container = module._modules.get(CONTAINER)
-            held = None if container is None else dict(container._modules)
-            self.modules.append((module, hooks, held, vars(module).get("save_pretrained")))
+        for module in model.modules():  # thousands, of which few have anything: it takes milliseconds
+            state = module.__dict__
+            self.modules.append((module, _Kept(state) if _has_something(state) else None))
+            self.trains += [(p, p.requires_grad) for p in state["_parameters"].values() if p is not None]
             if isinstance(module, SerialLoraPair):
-                self.pairs.append((module, _copied(vars(module)), module.stacks()))
+                self.pairs.append((module, _copied(state), module.stacks()))
 
     def restore(self) -> None:
         """Put it all back."""
-        for module, hooks, held, save_pretrained in self.modules:
-            for name, saved in zip(_HOOKS, hooks, strict=True):
-                _refill(getattr(module, name), saved)
-            if held is None:
-                module._modules.pop(CONTAINER, None)
-            else:
-                container = module._modules.setdefault(CONTAINER, nn.ModuleDict())
-                assert container is not None
-                _refill(container._modules, held)
-            if save_pretrained is None:
-                vars(module).pop("save_pretrained", None)
-            else:
-                vars(module)["save_pretrained"] = save_pretrained
+        for module, kept in self.modules:
+            if kept is not None or _has_something(module.__dict__):
+                (kept or _Kept({})).put_back(module)
         for pair, state, stacks in self.pairs:
             _refill(vars(pair), state)
             pair.restore_stacks(stacks)
@@ -139,6 +128,39 @@ class Snapshot:
             _refill(vars(self.registry), self.fields)
             self.registry.call.fused = self.fused
             vars(self.model)["_serial_lora"] = self.registry
+
+
+class _Kept:
+    """What one module had of what verbs change, besides being a pair."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        container = state.get("_modules", {}).get(CONTAINER)
+        self.hooks = {name: dict(state.get(name, {})) for name in _HOOKS}
+        self.container = container
+        self.held = None if container is None else dict(container._modules)
+        self.save_pretrained = state.get("save_pretrained")
+
+    def put_back(self, module: nn.Module) -> None:
+        """Give it back to the module."""
+        for name, saved in self.hooks.items():
+            _refill(getattr(module, name), saved)
+        if self.container is None:
+            module._modules.pop(CONTAINER, None)
+        else:
+            module._modules[CONTAINER] = self.container
+            _refill(self.container._modules, self.held or {})
+        if self.save_pretrained is None:
+            vars(module).pop("save_pretrained", None)
+        else:
+            vars(module)["save_pretrained"] = self.save_pretrained
+
+
+def _has_something(state: Mapping[str, Any]) -> bool:
+    return (
+        bool(state["_forward_pre_hooks"] or state["_forward_hooks"])
+        or CONTAINER in state["_modules"]
+        or "save_pretrained" in state
+    )
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
