@@ -98,7 +98,7 @@ def test_targets_exclude_and_layers_choose_sites_together(settings, chosen):
         ({"dropout": -0.1}, "got -0.1"),
         ({"dropout": math.nan}, "got nan"),
         ({"dropout": "0.1"}, "got '0.1'"),
-        ({"init": "zeros"}, "init must be one of kaiming, gaussian; got 'zeros'"),
+        ({"init": "zeros"}, "init must be one of kaiming, gaussian, gradient; got 'zeros'"),
         ({"targets": "("}, "is not a regular expression"),
         ({"exclude": ["a", "[z-a]"]}, "is not a regular expression"),
         ({"targets": [1]}, r"targets must be None, or one or several of str; got \(1,\)"),
