@@ -208,6 +208,8 @@ class PackedLinear(nn.Module):
         self.register_buffer("qweight", (linear.weight.detach() * 127).round().to(torch.int8))
         self.bias = linear.bias
 
+    qweight: torch.Tensor
+
     def forward(self, x):
         return nn.functional.linear(x, self.qweight.float() / 127, self.bias)
 

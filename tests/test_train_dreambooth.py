@@ -52,8 +52,7 @@ def bases(tmp_path_factory):
 def subject(tmp_path_factory):
     """Five crops of one photograph, four square and one wide."""
     folder = tmp_path_factory.mktemp("subject")
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        photo = Image.open(file).convert("RGB")
+    photo = Image.open(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).convert("RGB")
     for index, (x, y, side) in enumerate([(80, 20, 360), (100, 40, 300), (60, 60, 380), (120, 20, 330)]):
         photo.crop((x, y, x + side, y + side)).resize((48, 48)).save(folder / f"{index}.png")
     photo.crop((60, 60, 460, 260)).resize((96, 48)).save(folder / "wide.png")

@@ -46,8 +46,7 @@ def bases(tmp_path_factory):
 def subject(tmp_path_factory):
     """Three crops of one photograph."""
     folder = tmp_path_factory.mktemp("subject")
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        photo = Image.open(file).convert("RGB")
+    photo = Image.open(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).convert("RGB")
     for index, (x, y, side) in enumerate([(80, 20, 360), (100, 40, 300), (60, 60, 380)]):
         photo.crop((x, y, x + side, y + side)).resize((48, 48)).save(folder / f"{index}.png")
     return folder

@@ -266,7 +266,8 @@ def test_masks_are_read_from_files_of_any_mode_and_from_alpha(tmp_path):
     Image.fromarray(np.dstack([np.full((6, 8, 3), 9, np.uint8), values])).save(tmp_path / "rgba.png")
     items = [Item(f"{name}.png", lambda: None, (6, 8)) for name in ("rgba", "rgb")]
     with_channel, without = with_alpha(items, tmp_path, 0.0)
-    assert (np.array(with_channel.mask()) == values).all() and without.mask is None
+    assert with_channel.mask is not None and without.mask is None
+    assert (np.array(with_channel.mask()) == values).all()
 
 
 def test_masks_that_are_missing_of_another_size_or_black_are_refused(tmp_path):

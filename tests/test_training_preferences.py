@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_each_prompt_is_drawn_with_its_own_seed_negative_prompt_and_weight_and_t
     flags += ["--validation_seeds", "5", "6", "--validation_adapter_weights", "1", "0", "--num_validation_images", "2"]
     flags += ["--validation_steps", "2", "--max_train_steps", "4", "--learning_rate", "2e-2"]
     path = train("sd3", bases, pairs / "chosen", tmp_path, *flags, "--validation_inference_steps", "2")
-    pipe = DiffusionPipeline.from_pretrained(bases / "sd3")
+    pipe: Any = DiffusionPipeline.from_pretrained(bases / "sd3")
     pipe.set_progress_bar_config(disable=True)
     from slora_diffusers.training.diffusion.validation import sample_generators
 

@@ -60,23 +60,23 @@ def fail_at(monkeypatch, where, number, error):
     elif where == "validation":
         validate = Denoising.validate
 
-        def failing(self, step):
+        def failing_validation(self, step):
             if step == number:
                 raise error
             return validate(self, step)
 
-        monkeypatch.setattr(Denoising, "validate", failing)
+        monkeypatch.setattr(Denoising, "validate", failing_validation)
     else:
         step, count = torch.optim.AdamW.step, [0]
 
-        def failing(self, *arguments, **more):
+        def failing_step(self, *arguments, **more):
             count[0] += 1
             result = step(self, *arguments, **more)
             if count[0] == number:
                 raise error
             return result
 
-        monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+        monkeypatch.setattr(torch.optim.AdamW, "step", failing_step)
 
 
 class Odd(Exception):

@@ -25,7 +25,7 @@ class Task(Protocol):
         """Micro-batches of this process from a number on."""
         ...
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, /) -> Tensor:
         """Loss of a micro-batch, a scalar."""
         ...
 

@@ -47,7 +47,7 @@ class Place:
         self.accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
-            log_with=options.report_to,
+            log_with=None if options.report_to is None else [*options.report_to],
             project_config=ProjectConfiguration(str(self.output_dir), str(logs / (options.run_name or ""))),
         )
         # What accelerate was launched or configured with counts, unless the options say otherwise.

@@ -52,11 +52,11 @@ def find_items(options: ClassOptions) -> tuple[list[Item], list[Item], list[str]
     if options.train_data_dir is not None:
         items, names = image_folder(options.train_data_dir)
     else:
-        items, names = hub_dataset(options.dataset_name, options.dataset_split, *columns)
+        items, names = hub_dataset(options.dataset_name or "", options.dataset_split, *columns)
     if options.validation_data_dir is not None:
         unseen, _ = image_folder(options.validation_data_dir, names)
     elif options.validation_split is not None:
-        unseen, _ = hub_dataset(options.dataset_name, options.validation_split, *columns, names)
+        unseen, _ = hub_dataset(options.dataset_name or "", options.validation_split, *columns, names)
     else:
         items, unseen = hold_out(items, options.validation_fraction, options.seed, names)
     return few_shots(items, options.shots, options.seed, names), unseen, names
