@@ -41,12 +41,13 @@ def fault_at(line: int | None, within: str = PACKAGE, kind: type[BaseException] 
                 raise kind(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         return trace
 
-    before = sys.gettrace()
+    before, grad = sys.gettrace(), torch.is_grad_enabled()
     sys.settrace(trace)
     try:
         yield lambda: count
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(grad)  # a fault in the end of a no_grad block would leave all later tests without
 
 
 def lines_of(call: Callable[[], Any], within: str = PACKAGE) -> int:

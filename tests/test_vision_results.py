@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix
 from torchmetrics.segmentation import MeanIoU
 
-from pipelines import classify_images, segment_images
 from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.files.storage import WEIGHT_NAME
 from slora_diffusers.heads.classification import SerialLoraForImageClassification
 from slora_diffusers.heads.preprocessing import Preprocessing
 from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation
-from slora_diffusers.recipes import inference
+from slora_diffusers.recipes import classify_images, inference, segment_images
 from slora_diffusers.recipes import vit_segmentation as train_vit_segmentation
 from slora_diffusers.training.data.labelled import Fetch
 from slora_diffusers.training.vision import classification
@@ -106,7 +105,9 @@ def test_options_reach_the_loss_and_the_augmentation(vit_base, stripes, scenes, 
     monkeypatch.setattr(train_vit_segmentation, "Fetch", spy_fetch)
     monkeypatch.setattr(classification, "Fetch", spy_fetch)
     monkeypatch.setattr(train_vit_segmentation, "segmentation_loss", spy_loss)
-    monkeypatch.setattr(classification.F, "cross_entropy", lambda *a: seen.entropy.append(a[2]) or entropy(*a))
+    monkeypatch.setattr(
+        classification.F, "cross_entropy", lambda *a, **more: seen.entropy.append(a[2]) or entropy(*a, **more)
+    )
     flags = ["--max_train_steps", "1", "--smallest_crop", "0.7", "--random_flip", "--balance_classes"]
     segment(vit_base, scenes, tmp_path / "a", *flags, "--dice_weight", "0.3")
     AcceleratorState._reset_state(reset_partial_state=True)
