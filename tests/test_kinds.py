@@ -14,6 +14,7 @@ from tests.tiny.models import TINY
 
 TINY_DIT = TINY["DiTTransformer2DModel"]
 PATH = "transformer_blocks.0.attn1.to_q"
+pytestmark = pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")  # of blocks that a target lacks
 PEFT_KINDS = {
     "LoRA": lambda targets: peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets),
     "LoRA, rank-stabilised": lambda targets: peft.LoraConfig(

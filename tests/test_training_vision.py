@@ -250,7 +250,7 @@ def test_label_maps_of_too_many_classes_and_images_of_one_name_are_refused(tmp_p
         (tmp_path / part).mkdir()
         for name in names:
             Image.new("L", (2, 2)).save(tmp_path / part / name)
-    with pytest.raises(SerialLoraError, match="several files called a"):
+    with pytest.raises(SerialLoraError, match="several images called a"):
         mask_folder(tmp_path, LABELS)
 
 

@@ -245,7 +245,7 @@ def test_text_model_is_no_vision_backbone():
 
 
 def test_missing_model_is_named(tmp_path):
-    with pytest.raises(SerialLoraError, match="no model that transformers can open"):
+    with pytest.raises(SerialLoraError, match="not a model that transformers can open"):
         SerialLoraForImageClassification.from_backbone(tmp_path / "nothing", 4, CONFIG, preprocessing=PREPARE)
 
 

@@ -14,7 +14,7 @@ from ..core.layer import SerialLoraPair
 from ..core.names import CONTAINER, is_of_pair, split_place
 from ..core.offload import follow_group_offload, lifted_offload
 from ..core.sites import Slot, find_slots, unwrap
-from ..core.state import Registry, Weights, pairs_of, registry_of, weight_at
+from ..core.state import Registry, Weights, adapter_checksum, pairs_of, registry_of, weight_at
 from .save_pretrained import SavePretrained
 
 
@@ -50,6 +50,8 @@ def put_in(
         new_hooks |= not pair.scaling
         with lifted_offload(pair):
             pair.add(name, A, B, config.scaling_of(slot.path, A.shape[0]), config.dropout, trainable)
+    if trainable:  # untrained yet: nothing would be lost
+        registry.saved[name] = adapter_checksum(pairs_of(root).values(), name)
     follow_group_offload(root)
     activate(model, active)
     if new_hooks and registry.capacity is None:

@@ -219,7 +219,7 @@ class SerialLoraPair(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SerialLoraPair:
         self._merged = None  # made again where the parameters went
         if getattr(fn, "__qualname__", "").startswith("Module.to_empty"):  # the base has no numbers yet; these have
-            return super()._apply(lambda t: t if t.is_meta else t.to(fn(t.new_empty(0)).device), recurse)
+            return super()._apply(lambda t: fn(t) if t.is_meta else t.to(fn(t.new_empty(0)).device), recurse)
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, object]:

@@ -17,7 +17,7 @@ from typing import Any
 from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
 from torch import Tensor
 
-from .flow import Family, Tensors, train
+from .flow import Family, Options, Tensors, train
 
 
 def encode_text(pipe: Any, text: str, length: int) -> Tensors:
@@ -40,6 +40,9 @@ def velocity(pipe: Any, transformer: Any, noisy: Tensor, timesteps: Tensor, text
 
 
 LUMINA2 = Family(Lumina2Pipeline, Lumina2Transformer2DModel, encode_text, velocity, length=256, patch=2)
+
+
+__all__ = ["Options", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

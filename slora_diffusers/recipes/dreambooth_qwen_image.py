@@ -19,7 +19,7 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 
 from ..errors import SerialLoraError
-from .flow import Family, Tensors, train
+from .flow import Family, Options, Tensors, train
 
 PATCH = 2  # latents per token, along a side
 
@@ -56,6 +56,9 @@ QWEN_IMAGE = Family(
     QwenImagePipeline, QwenImageTransformer2DModel, encode_text, velocity, length=512, patch=PATCH, side=1024,
     call={"guidance": "true_cfg_scale"}, check=check,
 )  # fmt: skip
+
+
+__all__ = ["Options", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 from diffusers import SanaPipeline, SanaTransformer2DModel
 from torch import Tensor
 
-from .flow import Family, Tensors, train
+from .flow import Family, Options, Tensors, train
 
 # What the pipeline puts before every prompt, but not before a negative one.
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
@@ -48,6 +48,9 @@ SANA = Family(
     SanaPipeline, SanaTransformer2DModel, encode_text, velocity, length=300, patch=1,
     call={"use_resolution_binning": False},  # the sizes are chosen here
 )  # fmt: skip
+
+
+__all__ = ["Options", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -18,7 +18,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from ..errors import SerialLoraError
-from .flow import Family, Tensors, train
+from .flow import Family, Options, Tensors, train
 
 
 def encode_text(pipe: Any, text: str, length: int) -> Tensors:
@@ -47,6 +47,9 @@ WAN = Family(
     WanPipeline, WanTransformer3DModel, encode_text, velocity, length=512, patch=2, side=640,
     call={"num_frames": 1, "output_type": "pil"}, check=check,
 )  # fmt: skip
+
+
+__all__ = ["Options", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

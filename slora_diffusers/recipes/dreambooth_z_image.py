@@ -18,7 +18,7 @@ import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 
-from .flow import Family, Tensors, train
+from .flow import Family, Options, Tensors, train
 
 
 def encode_text(pipe: Any, text: str, length: int) -> Tensors:
@@ -43,6 +43,9 @@ def velocity(pipe: Any, transformer: Any, noisy: Tensor, timesteps: Tensor, text
 Z_IMAGE = Family(
     ZImagePipeline, ZImageTransformer2DModel, encode_text, velocity, length=512, patch=2, side=1024, arguments=unpadded
 )
+
+
+__all__ = ["Options", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

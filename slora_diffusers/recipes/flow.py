@@ -26,6 +26,9 @@ from ..training.run import Run
 
 Tensors = dict[str, Tensor]
 
+Options = TextToImageOptions
+"""What every one of these recipes takes."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -65,7 +68,7 @@ def train(family: Family, description: str | None, argv: Sequence[str] | None = 
         description: What --help says.
         argv: The command line; that of the process by default.
     """
-    options = parse(TextToImageOptions, description, argv)
+    options = parse(Options, description, argv)
     items, unseen = find_instances(options)
     check_sites(family.transformer, options)
     place = Place(options)
