@@ -130,7 +130,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 _FIELDS: dict[str, Any] = {
     **{"step": int, "processes": int, "trained": dict, "optimizer": dict, "schedule": dict, "options": dict},
-    **{"ema": dict | None, "scaler": dict | None},
+    **{"ema": dict | None, "scaler": dict | None, "identities": dict | None},
 }
 
 

@@ -227,7 +227,7 @@ class Run:
         state = checkpoint.read_checkpoint(path)
         self._compare(path, state["options"], state["processes"])
         for name, key in self.place.identities.items():
-            if state.get("identities", {}).get(name, key) != key:
+            if (state.get("identities") or {}).get(name, key) != key:
                 logger.warning("%s are not those of %s: the run will not equal an uninterrupted one", name, path)
         self.optimization.load_state(state)
         self.done = state["step"]

@@ -130,7 +130,7 @@ class Walk(RuleBasedStateMachine):
         nothing = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
         scheduler: Any = FlowMatchEulerDiscreteScheduler()
         pipe = StableDiffusion3Pipeline(**dict.fromkeys(nothing), transformer=self.model, scheduler=scheduler)
-        return StableDiffusion3Pipeline.from_pipe(pipe, torch_dtype=self.dtype) if self.count % 2 else pipe
+        return StableDiffusion3Pipeline.from_pipe(pipe, dtype=self.dtype) if self.count % 2 else pipe
 
     def names(self, draw: int) -> list[str]:
         """Some of the adapters' names."""
