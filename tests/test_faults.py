@@ -14,6 +14,9 @@ from tests.adapters import add_random_adapter, output_of
 from tests.faults import PACKAGE, Fault, fault_at, lines_of, same, state_of
 from tests.tiny.models import TINY
 
+# A fault may come inside a destructor or a weak reference's callback, whose exceptions Python reports and swallows.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 NAME = "DiTTransformer2DModel"
 TINY_DIT = TINY[NAME]
 ALL = ("hidden_states", "attention_output", "feed_forward")

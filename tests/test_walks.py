@@ -10,7 +10,10 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.walks.neighbours import WalkAmongOthers, WalkCompiled
 
-pytestmark = pytest.mark.filterwarnings("ignore:The adapter was trained on")  # a walk loads other checkpoints
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The adapter was trained on"),  # a walk loads other checkpoints
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # a fault inside a destructor
+]
 QUIET: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
