@@ -94,28 +94,27 @@ def unfuse_serial_lora(model: Any) -> None:
             _refresh_qkv_copies(change, one)
 
 
-def base_weights(model: nn.Module, slots: Sequence[Slot], what: str) -> list[list[Tensor]]:
-    """The base's weights (out, d) of every slot's projections, whether or not they are fused at the moment.
+def base_weights(model: nn.Module, what: str) -> Callable[[Slot], list[Tensor]]:
+    """What gives the base's weights (out, d) of a slot's projections, whether or not they are fused at the moment.
 
     Args:
-        model: The model.
-        slots: Its slots.
+        model: The model; where its weights are kept is looked up once, here.
         what: What they are read for, for messages: "Cannot {what}".
 
-    Raises:
-        AdapterStateError: If one cannot be read as an ordinary matrix, here and now.
+    Returns:
+        A function of a slot; it raises AdapterStateError if a weight cannot be read as an ordinary matrix.
     """
     storage, originals = Storage(unwrap(model)), _originals(model)
-    found: list[list[Tensor]] = []
-    for slot in slots:
+
+    def read(slot: Slot) -> list[Tensor]:
         for projection in slot.projections:
             _check_no_lora(slot, projection, what)
-        found.append([])
-        for p in slot.projections:
-            W = originals.get((id(p.owner), p.attribute))
-            W = storage.read(p.owner, p.attribute, what, slot.called(p)) if W is None else W
-            found[-1].append(p.oriented(W))
-    return found
+        kept = [(p, originals.get((id(p.owner), p.attribute))) for p in slot.projections]
+        return [
+            p.oriented(storage.read(p.owner, p.attribute, what, slot.called(p)) if W is None else W) for p, W in kept
+        ]
+
+    return read
 
 
 def peek_weight(model: nn.Module) -> Callable[[Projection], Tensor | None]:

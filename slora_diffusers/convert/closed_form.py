@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapters.fuse import base_weights
 from ..core.sites import Slot, out_features
 from .lowrank import LowRank
 
@@ -68,18 +67,18 @@ def closed_form(S: Tensor, D: LowRank, rank: int | None, ridge: float = RIDGE) -
 
 
 def compress_slot(
-    model: nn.Module, slot: Slot, changes: Mapping[str, LowRank], rank: int | None, ridge: float
+    slot: Slot, weights: Sequence[Tensor], changes: Mapping[str, LowRank], rank: int | None, ridge: float
 ) -> tuple[LowRank, SiteError]:
     """The pair of a slot, in fp32, and how well it does.
 
     Args:
-        model: The base.
         slot: Where the pair goes.
+        weights: The base's weights (out, d) of its projections.
         changes: {name of a projection: its dW}; the others stay.
         rank: Rank of the pair, `None` for the rank of the change.
         ridge: As for `closed_form`.
     """
-    S = torch.cat([W.detach().double() for W in base_weights(model, [slot], "compress")[0]])  # (n, d)
+    S = torch.cat([W.detach().double() for W in weights])  # (n, d)
     heights = [out_features(projection) for projection in slot.projections]
     D = stacked([changes.get(projection.name) for projection in slot.projections], heights, S)
     M, sigma = closed_form(S, D, rank, ridge)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..adapters.fuse import base_weights
 from ..core.components import adapted, components_of, free_name, is_pipeline
 from ..core.sites import Slot, find_slots
 from ..core.state import check_new_name, registry_of
@@ -143,10 +144,11 @@ def compress_lora(
     name = adapter_name or free_name(adapted(model, required=False))
     for component in dict.fromkeys(component for component, _ in work):
         check_new_name(registry_of(models[component], create=True), name)
+    weights = {component: base_weights(models[component], "compress") for component in slots}
     pairs: Products = {}
     sites = []
     for component, slot in track(work, f"Compressing to rank {rank}"):
-        pair, site = _compress(models[component], slot, lora.parts[component], rank, ridge)
+        pair, site = _compress(slot, weights[component](slot), lora.parts[component], rank, ridge)
         pairs.setdefault(component, {})[slot.key] = pair
         sites.append(replace(site, key=f"{component}.{slot.key}"))
     plans = [plan_load(models[c], as_adapter(models[c], found), name) for c, found in pairs.items()]
@@ -170,14 +172,14 @@ def check_arguments(rank: int, ridge: float = RIDGE) -> None:
         raise SerialLoraError(f"ridge must lie between 0 and 1; got {ridge!r}.")
 
 
-def _compress(model: nn.Module, slot: Slot, parts: Mapping[str, Part], rank: int, ridge: float) -> Any:
+def _compress(slot: Slot, weights: Sequence[Tensor], parts: Mapping[str, Part], rank: int, ridge: float) -> Any:
     """The pair of one slot; at the LoRA's own rank where that is exact."""
     own = {p.name: parts[path] for p in slot.projections if (path := slot.called(p)) in parts}
     changes = {name: part.change() for name, part in own.items()}
     heights = sum(change.B.shape[0] for change in changes.values())
     exact = slot.pair.optional and heights <= slot.features and len(own) == len(slot.projections)
     plain = all(part.is_plain for part in own.values())
-    return compress_slot(model, slot, changes, None if exact and plain else rank, ridge)
+    return compress_slot(slot, weights, changes, None if exact and plain else rank, ridge)
 
 
 def slots_with_parts(model: nn.Module, parts: Mapping[str, Part], inputs: Sequence[str] | None) -> list[Slot]:

@@ -133,7 +133,7 @@ def equivalent_lora(
     model: nn.Module, weights: Mapping[str, Weights], format: str = "diffusers", track: Track = silently
 ) -> dict[str, LowRank]:
     """{path of a module: dW} such that the base with these equals the model with adapters of these weights."""
-    pairs, storage = pairs_of(model), Storage(unwrap(model))
+    pairs, storage, base = pairs_of(model), Storage(unwrap(model)), base_weights(model, "export")
     found: dict[str, LowRank] = {}
     for slot in track([s for s in find_slots(model) if s.key in pairs], "Multiplying with the base's weights"):
         pair = pairs[slot.key]
@@ -141,7 +141,7 @@ def equivalent_lora(
         gains = {name: weight_at(slot.path, weights[name]) * pair.scaling[name] for name in names}
         gains = {name: gain for name, gain in gains.items() if gain}
         if gains:
-            found |= _slot_lora(slot, pair, base_weights(model, [slot], "export")[0], gains, storage, format)
+            found |= _slot_lora(slot, pair, base(slot), gains, storage, format)
     if not found:
         raise AdapterStateError(f"The adapters {sorted(weights)} have no effect: every weight is 0.")
     return found

@@ -129,9 +129,8 @@ def names_with_weights(
 
 
 def check_active(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
-    """Raise AdapterStateError unless these adapters, with these weights, can be made active now."""
+    """Raise AdapterStateError unless these adapters of the model, with these weights, can be made active now."""
     registry = registry_of(model)
-    check_known(registry, chosen)
     check_not_fused(registry, "change the active adapters")
     pairs = pairs_of(model)
     paths = {split_place(key)[0] for key in pairs}
@@ -157,12 +156,6 @@ def check_room(pair: SerialLoraPair, names: Mapping[str, Weights], room: int) ->
             f"The adapters {ranks} (name: rank) have a summed rank of {sum(ranks.values())}, but capacity is reserved "
             f"for {room}. Activate fewer, or reserve more with reserve_serial_lora() before compiling."
         )
-
-
-def check_known(registry: Registry, names: Mapping[str, Weights] | Sequence[str]) -> None:
-    """Raise AdapterStateError unless every name is an adapter of the model."""
-    if unknown := [name for name in names if name not in registry.configs]:
-        raise AdapterStateError(f"Unknown adapter {unknown}; the model has {sorted(registry.configs)}.")
 
 
 def check_not_fused(registry: Registry, what: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,6 @@ from ...errors import SerialLoraError
 from ...heads.preprocessing import upright_rgb
 from .identity import key_of
 
-logger = logging.getLogger(__name__)
 # What opens files of an ending that Pillow itself may not read: (package to install, module, its function).
 _HEIF = ("pillow-heif", "pillow_heif", "register_heif_opener")
 _PLUGINS = {
@@ -83,21 +81,6 @@ class Item:
         """Key of the pixels: what tells one image from another. Names do not, for 0.png is in many folders."""
         image = self.read()
         return key_of(image.mode, list(image.size), image.tobytes())
-
-
-@dataclass(frozen=True)
-class Found:
-    """The items of a source, and what was left out of it: (name, reason)."""
-
-    items: list[Item]
-    skipped: list[tuple[str, str]]
-
-    def report(self) -> Found:
-        """Log what was left out, one line each; returns itself."""
-        for name, reason in self.skipped:
-            logger.warning("left out %s: %s", name, reason)
-        logger.info("%d images, %d files left out", len(self.items), len(self.skipped))
-        return self
 
 
 def content_of(*groups: Sequence[Item]) -> str:
