@@ -178,3 +178,41 @@ def test_verbs_of_many_threads_come_one_after_another():
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(come_and_go, range(6)))
     assert list(sl.serial_lora_status(model).adapters) == ["stays"]
+
+
+@pytest.mark.parametrize("verb", ["add", "load"])
+def test_first_adapters_of_many_threads_are_all_there(verb):
+    model, other = DIT.build(), DIT.build()
+    add_random_adapter(other)
+    state, together = sl.serial_lora_state_dict(other), threading.Barrier(6)
+
+    def come(number):
+        together.wait()
+        if verb == "add":
+            sl.add_serial_lora(model, sl.SerialLoraConfig(rank=2), f"t{number}")
+        else:
+            sl.load_serial_lora(model, state, f"t{number}")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(come, range(6)))
+    status = sl.serial_lora_status(model)
+    assert sorted(status.adapters) == sorted(status.active) == [f"t{number}" for number in range(6)]
+    assert all(adapter["pairs"] == len(DIT.build().transformer_blocks) for adapter in status.adapters.values())
+
+
+def test_of_threads_that_load_under_one_name_one_succeeds():
+    model, other = DIT.build(), DIT.build()
+    add_random_adapter(other)
+    state, together, refused = sl.serial_lora_state_dict(other), threading.Barrier(4), []
+
+    def come(_):
+        together.wait()
+        try:
+            sl.load_serial_lora(model, state, "one")
+        except sl.SerialLoraError as error:
+            refused.append(str(error))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come, range(4)))
+    assert len(refused) == 3 and all("'one' is taken" in message for message in refused)
+    assert torch.equal(output_of(model, DIT), output_of(other, DIT))

@@ -14,18 +14,17 @@ from ..core.layer import SerialLoraPair
 from ..core.names import CONTAINER, is_of_pair, split_place
 from ..core.offload import follow_group_offload, lifted_offload
 from ..core.sites import Slot, find_slots, unwrap
-from ..core.state import Registry, Weights, adapter_checksum, pairs_of, registry_of, weight_at
+from ..core.state import Registry, Weights, adapter_checksum, check_new_name, pairs_of, registry_of, weight_at
 from .save_pretrained import SavePretrained
 
 
 def put_in(
     change: Change,
     model: nn.Module,
-    registry: Registry,
     name: str,
     matrices: Sequence[tuple[Slot, Tensor, Tensor]],
     config: SerialLoraConfig,
-    active: Mapping[str, Weights],
+    weight: float | None,
     trainable: bool,
 ) -> None:
     """Add an adapter whose A and B are given, inside a change; all has been checked and computed.
@@ -33,15 +32,18 @@ def put_in(
     Args:
         change: The change in progress.
         model: The model.
-        registry: Its registry, written on it with the first adapter.
         name: Name of the adapter.
         matrices: A (r, d) and B (d, r) of every slot, on the device of what they go beside.
         config: Its settings.
-        active: The adapters that are active from here on, with their weights.
+        weight: Its weight beside the adapters that are active already; None leaves it inactive.
         trainable: Whether the matrices ask for gradients.
+
+    Raises:
+        AdapterStateError: If another thread has taken the name, or fused, since that was checked.
     """
     root = unwrap(model)
-    register(model, registry)
+    registry = register(model)
+    check_new_name(registry, name)
     registry.configs[name] = config
     change.on_failure(lambda: follow_group_offload(root))
     new_hooks = False
@@ -53,7 +55,7 @@ def put_in(
     if trainable:  # untrained yet: nothing would be lost
         registry.saved[name] = adapter_checksum(pairs_of(root).values(), name)
     follow_group_offload(root)
-    activate(model, active)
+    activate(model, registry.active if weight is None else {**registry.active, name: weight})
     if new_hooks and registry.capacity is None:
         attach_all(model)
 
@@ -91,11 +93,12 @@ def ensure_pair(slot: Slot, registry: Registry) -> SerialLoraPair:
     return pair
 
 
-def register(model: nn.Module, registry: Registry) -> None:
-    """Write the registry and the hooks of the whole model on a model that has none."""
+def register(model: nn.Module) -> Registry:
+    """The registry of a model; written on it, with the hooks of the whole model, where it has none."""
     model = unwrap(model)
+    registry = registry_of(model, create=True)
     if getattr(model, "_serial_lora", None) is not None:
-        return
+        return registry
     call = ModelCall(registry)
     model.register_forward_pre_hook(call.before, with_kwargs=True)
     model.register_forward_hook(call.after, always_call=True)
@@ -103,6 +106,7 @@ def register(model: nn.Module, registry: Registry) -> None:
         if hasattr(type(module), "save_pretrained"):
             vars(module)["save_pretrained"] = SavePretrained(module, registry)
     model._serial_lora = registry  # pyright: ignore[reportArgumentType]
+    return registry
 
 
 def remove_all(model: nn.Module) -> None:

@@ -85,8 +85,8 @@ def unfuse_serial_lora(model: Any) -> None:
             assert registry.fused is not None
             for replaced in registry.fused.originals:
                 p = replaced.projection
-                now = getattr(p.owner, p.attribute)
-                change.on_failure(_rewriting(storage, p, now.data))
+                now = storage.data(p.owner, p.attribute)
+                change.on_failure(_rewriting(storage, p, now))
                 storage.write(p.owner, p.attribute, replaced.original.to(now.device, now.dtype))  # it may have moved
             registry.fused = None
             registry.call.fused = False
@@ -240,6 +240,8 @@ def _refresh_qkv_copies(change: Change, model: nn.Module) -> None:
         for copy, parts in _QKV_COPIES.items():
             linear = getattr(site, copy, None)
             if linear is not None and all(getattr(site, part, None) is not None for part in parts):
-                change.on_failure(_rewriting(storage, Projection(copy, linear, "weight"), linear.weight.data))
+                change.on_failure(
+                    _rewriting(storage, Projection(copy, linear, "weight"), storage.data(linear, "weight"))
+                )
                 W = torch.cat([storage.data(getattr(site, part), "weight") for part in parts])
                 storage.write(linear, "weight", W)

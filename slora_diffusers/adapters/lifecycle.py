@@ -14,7 +14,6 @@ from torch import nn
 from ..config import SerialLoraConfig
 from ..core.change import changing
 from ..core.components import adapted, check_known, denoisers_of, for_each, held_by, per_component
-from ..core.offload import device_of
 from ..core.pair import GRADIENT, new_matrices
 from ..core.sites import Slot, lora_equivalent, select_slots, unwrap
 from ..core.state import (
@@ -24,6 +23,7 @@ from ..core.state import (
     check_new_name,
     check_not_fused,
     check_room,
+    check_trains,
     names_with_weights,
     pairs_of,
     parameters_of,
@@ -86,13 +86,11 @@ def add_serial_lora(model: Any, config: SerialLoraConfig, adapter_name: str = "d
         config = replace(config, init="kaiming")
         logger.warning("%s starts as kaiming until initialize_serial_lora() is called, before training.", adapter_name)
     with changing(*models.values()) as change:
-        for component, (registry, matrices) in made.items():
-            root = unwrap(models[component])
-            freeze_base(root)
-            active = {**registry.active, adapter_name: 1.0}
-            put_in(change, root, registry, adapter_name, matrices, config, active, trainable=True)
+        for component, matrices in made.items():
+            freeze_base(models[component])
+            put_in(change, models[component], adapter_name, matrices, config, 1.0, trainable=True)
     reports = {}
-    for component, (_, matrices) in made.items():
+    for component, matrices in made.items():
         slots = [slot for slot, _, _ in matrices]
         parameters = sum(A.numel() + B.numel() for _, A, B in matrices)
         equivalent = lora_equivalent(models[component], slots, config)
@@ -227,8 +225,8 @@ def reserve_serial_lora(
     models = denoisers_of(model)
     room = {component: _room(one, capacity, inputs, dtype) for component, one in models.items()}
     with changing(*models.values()):
-        for component, (registry, places) in room.items():
-            register(models[component], registry)
+        for component, places in room.items():
+            registry = register(models[component])
             registry.capacity = capacity
             for slot, like in places:
                 ensure_pair(slot, registry).reserve(capacity[0] * capacity[1], like)
@@ -237,25 +235,21 @@ def reserve_serial_lora(
 
 def _new_adapter(
     model: nn.Module, config: SerialLoraConfig, name: str
-) -> tuple[Registry, list[tuple[Slot, torch.Tensor, torch.Tensor]]]:
-    """A registry and untrained matrices, beside the model and not yet in it."""
+) -> list[tuple[Slot, torch.Tensor, torch.Tensor]]:
+    """Untrained matrices for every slot that the config chooses, beside the model and not yet in it."""
     registry = registry_of(model, create=True)
     check_new_name(registry, name)
-    if registry.capacity is not None:
-        raise AdapterStateError(
-            "The model has capacity reserved for swapping adapters, and its fixed operands do not train. Call "
-            "unload_serial_lora() before adding an adapter to train."
-        )
-    return registry, [
-        (slot, *new_matrices(config.rank_of(slot.path, slot.key), slot.features, config.init, _device(slot)))
+    check_trains(registry, "adding")
+    return [
+        (slot, *new_matrices(config.rank_of(slot.path, slot.key), slot.features, config.init, slot.device))
         for slot in select_slots(model, config)
     ]
 
 
 def _room(
     model: nn.Module, capacity: tuple[int, int], inputs: Sequence[str] | None, dtype: torch.dtype | None
-) -> tuple[Registry, list[tuple[Slot, torch.Tensor]]]:
-    """The model's registry, and each slot with a tensor of the dtype and device that its operands will have."""
+) -> list[tuple[Slot, torch.Tensor]]:
+    """Each slot with a tensor of the dtype and device that its operands will have."""
     registry = registry_of(model, create=True)
     check_not_fused(registry, "reserve capacity")
     slots = select_slots(model, SerialLoraConfig(inputs=inputs))
@@ -265,9 +259,7 @@ def _room(
     rank = capacity[0] * capacity[1]
     for pair in pairs_of(model).values():
         check_room(pair, pair.weights, rank)
-    return registry, [
-        (slot, torch.empty(0, dtype=dtype or _dtype(model, slot), device=_device(slot))) for slot in slots
-    ]
+    return [(slot, torch.empty(0, dtype=dtype or _dtype(model, slot), device=slot.device)) for slot in slots]
 
 
 def _dtype(model: nn.Module, slot: Slot) -> torch.dtype:
@@ -288,8 +280,3 @@ def remove_adapters(model: nn.Module, names: Sequence[str]) -> None:
         take_out(model, name)
     if registry.capacity is None and not all(pair.scaling for pair in pairs_of(model).values()):
         drop_empty_sites(model)
-
-
-def _device(slot: Slot) -> torch.device:
-    """The device for what goes beside a slot's projections."""
-    return device_of(slot.projections[0].owner, slot.projections[0].attribute)

@@ -68,8 +68,7 @@ def _takes_modules(function: FunctionType) -> bool:
         from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
         entries = _debug_get_cache_entry_list(function.__code__)
-        return any(
-            "_modules" in str(entry.guard_manager) or "nn.modules" in str(entry.guard_manager) for entry in entries
-        )
+        guards = (str(entry.guard_manager) for entry in entries)
+        return any("_modules" in guard or "nn.modules" in guard for guard in guards)
     except (ImportError, AttributeError, TypeError):
         return True

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from ..config import SerialLoraConfig, matches
@@ -14,6 +15,7 @@ from ..records.registry import ARCHITECTURES, REFUSED, Architecture, Pair, check
 from .expand import Projection, expand, projection_of, unwrap
 from .fit import check_fit, no_record, no_site
 from .names import place_name
+from .offload import device_of
 
 T = TypeVar("T")
 
@@ -36,6 +38,11 @@ class Slot:
     def key(self) -> str:
         """The name of the place in files: `<path of the site>.serial_lora.<pair>`."""
         return place_name(self.path, self.pair.name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where matrices go that stand in front of its projections."""
+        return device_of(self.projections[0].owner, self.projections[0].attribute)
 
     def called(self, projection: Projection) -> str:
         """The path of one of its projections, for messages."""

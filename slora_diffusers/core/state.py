@@ -167,6 +167,15 @@ def check_not_fused(registry: Registry, what: str) -> None:
         )
 
 
+def check_trains(registry: Registry, doing: str) -> None:
+    """Raise AdapterStateError where capacity is reserved, before `doing` (adding, loading) an adapter to train."""
+    if registry.capacity is not None:
+        raise AdapterStateError(
+            "The model has capacity reserved for swapping adapters, and its fixed operands do not train. Call "
+            f"unload_serial_lora() before {doing} an adapter to train."
+        )
+
+
 def check_new_name(registry: Registry, name: str) -> None:
     """Raise AdapterStateError unless the name is free and fit for a parameter's name."""
     if not isinstance(name, str) or not re.fullmatch(r"\w(\w|-)*", name):

@@ -29,7 +29,7 @@ from ..core.components import (
 from ..core.state import check_new_name, check_not_fused, registry_of
 from ..errors import AdapterFileError, AdapterStateError
 from .format import AdapterFile, Component
-from .plan import Plan, check_name, no_component, plan_load
+from .plan import Plan, no_component, plan_load
 from .storage import check_hub_arguments
 
 logger = logging.getLogger("diffusers.slora_diffusers")  # a child of diffusers' own: its verbosity holds here too
@@ -117,13 +117,11 @@ def apply_plans(
     with changing(*(plan.model for plan in plans), *left) as change:
         for plan, w in zip(plans, each, strict=True):
             registry, name = registry_of(plan.model, create=True), plan.report.adapter_name
-            check_name(registry, name, plan.replaces)  # once more: another thread may have been here since the check
             if plan.replaces and name in registry.configs:
                 take_out(plan.model, name)
             if plan.trainable:
                 freeze_base(plan.model)
-            active = dict(registry.active) if w is None else {**registry.active, name: w}
-            put_in(change, plan.model, registry, name, plan.matrices, plan.config, active, trainable=plan.trainable)
+            put_in(change, plan.model, name, plan.matrices, plan.config, w, plan.trainable)
             if plan.replaces and registry.capacity is None:
                 drop_empty_sites(plan.model)
         for one in left:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..config import SerialLoraConfig
 from ..core.components import component_name
-from ..core.offload import device_of
 from ..core.sites import Slot, find_slots, is_chosen, unwrap
-from ..core.state import Registry, check_new_name, check_not_fused, pairs_of, registry_of
+from ..core.state import Registry, check_new_name, check_not_fused, check_trains, pairs_of, registry_of
 from ..errors import AdapterFileError, AdapterStateError
 from .fingerprint import describe_base, warn_of_other_base
 from .format import AdapterFile, Base, Component
@@ -68,11 +67,8 @@ def plan_load(
     """Check one component of an adapter against a model; see `load_serial_lora`."""
     registry = registry_of(model, create=True)
     check_name(registry, name, hotswap)
-    if trainable and registry.capacity is not None:
-        raise AdapterStateError(
-            "The model has capacity reserved for swapping adapters, and its fixed operands do not train. Call "
-            "unload_serial_lora() before loading an adapter to train."
-        )
+    if trainable:
+        check_trains(registry, "loading")
     matrices = part.pairs()
     if not any(matrices.values()):
         raise no_component(component or component_name(model), AdapterFile({component or "": part}))
@@ -127,8 +123,7 @@ def no_component(component: str, file: AdapterFile) -> AdapterFileError:
 
 def _copies(slot: Slot, A: Tensor, B: Tensor, trainable: bool) -> tuple[Tensor, Tensor]:
     """The matrices where they go: copies, for a state dict's tensors may be another model's own parameters."""
-    device = device_of(slot.projections[0].owner, slot.projections[0].attribute)
-    device = "cpu" if device.type == "meta" else device  # a base that has no numbers yet must not take theirs
+    device = "cpu" if slot.device.type == "meta" else slot.device  # a base that has no numbers yet must not take theirs
     # What trains is fp32, and float8 has no sums.
     kinds = [torch.float32 if trainable or matrix.element_size() == 1 else matrix.dtype for matrix in (A, B)]
     A, B = (m.detach().to(device, kind, copy=True).contiguous() for m, kind in zip((A, B), kinds, strict=True))
