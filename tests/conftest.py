@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.tiny_runs import dit_base, text_bases  # noqa: F401  fixtures
 from tests.vision_recipes import scenes, stripes, vit_base  # noqa: F401  fixtures
 
 torch.set_num_threads(1)

@@ -19,17 +19,9 @@ from slora_diffusers.recipes import dit
 from slora_diffusers.training.diffusion.objectives import Objective, objective_for
 from slora_diffusers.training.diffusion.processes import COMPARISONS, process_for
 from slora_diffusers.training.randomness import generators
-from tests.tiny.pipelines import tiny_dit_pipeline
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 DOCS = Path(__file__).parents[1] / "docs" / "training.md"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_dit_pipeline("flow_prediction").save_pretrained(folder)
-    return folder
 
 
 def options(*argv):
@@ -50,29 +42,29 @@ def examples():
     return {m[1]: block for block in blocks if (m := re.search(r"^class (\w+)\(Objective\)", block, re.M))}
 
 
-def test_the_docs_examples_are_at_most_fifteen_lines_and_train(base, tmp_path):
+def test_the_docs_examples_are_at_most_fifteen_lines_and_train(dit_base, tmp_path):
     found = examples()
     assert set(found) == {"Charbonnier", "KeepTheBase"}
-    _, plain = train(base, tmp_path / "plain")
+    _, plain = train(dit_base, tmp_path / "plain")
     for name, code in found.items():
         assert len([line for line in code.splitlines() if line.strip()]) <= 15
         (tmp_path / "mine.py").write_text(code)
-        _, log = train(base, tmp_path / name, "--objective", f"{tmp_path}/mine.py:{name}")
+        _, log = train(dit_base, tmp_path / name, "--objective", f"{tmp_path}/mine.py:{name}")
         assert all(torch.isfinite(torch.tensor(line["loss"])) for line in log)
         assert log[0]["loss"] != plain[0]["loss"] or name == "KeepTheBase"  # which begins where the base is
 
 
-def test_keeping_the_base_pulls_what_is_trained_towards_it(base, tmp_path):
+def test_keeping_the_base_pulls_what_is_trained_towards_it(dit_base, tmp_path):
     (tmp_path / "mine.py").write_text(examples()["KeepTheBase"])
     flags = ["--learning_rate", "1e-2", "--max_train_steps", "15"]
     sizes = []
     for weight in ("0", "100"):
         own = ["--objective", f"{tmp_path}/mine.py:KeepTheBase", "--objective_args", f"weight={weight}"]
-        path, _ = train(base, tmp_path / weight, *flags, *own)
+        path, _ = train(dit_base, tmp_path / weight, *flags, *own)
         tensors = load_file(path)
         sizes.append(sum((t**2).sum() for key, t in tensors.items() if "lora_B" in key))
         if weight == "0":
-            plain, _ = train(base, tmp_path / "plain", *flags)
+            plain, _ = train(dit_base, tmp_path / "plain", *flags)
             assert all(load_file(plain)[key].equal(tensors[key]) for key in tensors)
     assert sizes[1] < 0.5 * sizes[0]
 
@@ -97,10 +89,10 @@ class Weighted(Objective):
 '''
 
 
-def test_weights_and_masks_of_a_class_of_ones_own_reach_the_loss_that_is_logged(base, tmp_path):
+def test_weights_and_masks_of_a_class_of_ones_own_reach_the_loss_that_is_logged(dit_base, tmp_path):
     (tmp_path / "weighted.py").write_text(WEIGHTED)
     flags = ["--objective", f"{tmp_path}/weighted.py:Weighted", "--objective_args", "power=2"]
-    _, log = train(base, tmp_path / "out", *flags)
+    _, log = train(dit_base, tmp_path / "out", *flags)
     calls = sys.modules["objective_weighted"].Weighted.calls
     assert len(calls) == 3
     for (prediction, target, weight, _), line in zip(calls, log, strict=True):
@@ -110,7 +102,7 @@ def test_weights_and_masks_of_a_class_of_ones_own_reach_the_loss_that_is_logged(
 
 
 @pytest.mark.parametrize("adapter", ["serial", "lora"])
-def test_the_model_without_its_adapter_is_the_base_to_the_bit(adapter, base, tmp_path):
+def test_the_model_without_its_adapter_is_the_base_to_the_bit(adapter, dit_base, tmp_path):
     (tmp_path / "twice.py").write_text(
         "from slora_diffusers.training.diffusion.objectives import Objective\n"
         "class Twice(Objective):\n    seen = []\n"
@@ -119,8 +111,8 @@ def test_the_model_without_its_adapter_is_the_base_to_the_bit(adapter, base, tmp
         "        return self.compare(output, noised)\n"
     )
     flags = ["--objective", f"{tmp_path}/twice.py:Twice", "--adapter", adapter, "--learning_rate", "1e-1"]
-    train(base, tmp_path / "out", *flags, "--label_dropout", "0")
-    transformer = dit.DiTTransformer2DModel.from_pretrained(base / "transformer").eval()
+    train(dit_base, tmp_path / "out", *flags, "--label_dropout", "0")
+    transformer = dit.DiTTransformer2DModel.from_pretrained(dit_base / "transformer").eval()
     seen = sys.modules["objective_twice"].Twice.seen
     for number, (noised, ours, reference) in enumerate(seen):
         labels = torch.tensor([item.label for item in noised.batch.items])
@@ -130,10 +122,10 @@ def test_the_model_without_its_adapter_is_the_base_to_the_bit(adapter, base, tmp
         assert torch.allclose(ours, expected, atol=1e-5) == (number == 0)
 
 
-def test_a_base_that_is_gone_is_an_error(base, tmp_path):
+def test_a_base_that_is_gone_is_an_error(dit_base, tmp_path):
     (tmp_path / "mine.py").write_text(examples()["KeepTheBase"])
     with pytest.raises(SerialLoraError, match="this objective needs it"):
-        train(base, tmp_path / "out", "--objective", f"{tmp_path}/mine.py:KeepTheBase", "--adapter", "full")
+        train(dit_base, tmp_path / "out", "--objective", f"{tmp_path}/mine.py:KeepTheBase", "--adapter", "full")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +181,7 @@ def test_a_range_of_timesteps_is_the_distribution_inside_it(kind, low, high):
     torch.testing.assert_close(drawn.quantile(at), inside.quantile(at), atol=0.05 * (high - low), rtol=0)
 
 
-def test_noise_offset_is_one_number_per_channel(base):
+def test_noise_offset_is_one_number_per_channel(dit_base):
     class Still:
         """A batch whose noise is known."""
 
@@ -207,9 +199,9 @@ def test_noise_offset_is_one_number_per_channel(base):
     assert abs(noise[:, :, 0, 0].std().item() - 0.5) < 0.06
 
 
-def test_the_log_has_the_loss_by_range_of_timesteps(base, tmp_path):
+def test_the_log_has_the_loss_by_range_of_timesteps(dit_base, tmp_path):
     flags = ["--max_train_steps", "8", "--train_batch_size", "1", "--weighting_scheme", "uniform"]
-    _, log = train(base, tmp_path, *flags, "--max_timestep", "499")
+    _, log = train(dit_base, tmp_path, *flags, "--max_timestep", "499")
     assert {name for line in log for name in line if name.startswith("loss/")} == {"loss/t0-250", "loss/t250-500"}
     for line in log:
         assert [line[name] for name in line if name.startswith("loss/")] == pytest.approx([line["loss"]], rel=1e-5)

@@ -34,14 +34,6 @@ def pictures(folder, seed, count=3, size=(40, 40)):
     return folder
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    tiny_sd3_pipeline().save_pretrained(folder / "sd3")
-    tiny_pixart_pipeline("sigma").save_pretrained(folder / "sigma")
-    return folder
-
-
 # --- keys ---
 
 
@@ -168,16 +160,18 @@ def run(family, bases, subject, out, **options):
 
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("family", RECIPES)
-def test_caching_changes_no_loss_where_subject_class_and_held_out_images_share_their_names(family, bases, tmp_path):
+def test_caching_changes_no_loss_where_subject_class_and_held_out_images_share_their_names(
+    family, text_bases, tmp_path
+):
     subject, unseen, others = (pictures(tmp_path / n, seed) for seed, n in enumerate(("subject", "unseen", "class")))
     options = {
         "with_prior_preservation": True, "class_data_dir": others, "class_prompt": "a photo of a cat",
         "num_class_images": 3, "validation_data_dir": unseen,
     }  # fmt: skip
-    fresh = run(family, bases, subject, tmp_path / "fresh", **options)
-    cached = run(family, bases, subject, tmp_path / "cached", **options, cache_latents=True)
+    fresh = run(family, text_bases, subject, tmp_path / "fresh", **options)
+    cached = run(family, text_bases, subject, tmp_path / "cached", **options, cache_latents=True)
     assert cached == pytest.approx(fresh, rel=1e-4)
-    same = run(family, bases, subject, tmp_path / "same", **{**options, "validation_data_dir": subject})
+    same = run(family, text_bases, subject, tmp_path / "same", **{**options, "validation_data_dir": subject})
     assert same[-1] != pytest.approx(fresh[-1], rel=1e-5)  # the held-out loss is of the held-out images
 
 
@@ -189,26 +183,26 @@ def tagged(folder):
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_class_images_are_drawn_anew_after_what_draws_them_has_changed_and_only_then(bases, tmp_path, caplog):
+def test_class_images_are_drawn_anew_after_what_draws_them_has_changed_and_only_then(text_bases, tmp_path, caplog):
     subject, folder = pictures(tmp_path / "subject", 0), tmp_path / "class"
     options = {
         "with_prior_preservation": True, "class_data_dir": folder, "class_prompt": "a cat", "num_class_images": 2,
         "max_train_steps": 1, "validation_steps": 0,
     }  # fmt: skip
     changed = tmp_path / "changed"
-    pipe = DiffusionPipeline.from_pretrained(bases / "sd3")
+    pipe = DiffusionPipeline.from_pretrained(text_bases / "sd3")
     pipe.transformer.proj_out.weight.data += 0.1
     pipe.save_pretrained(changed / "sd3")
     seen = 0
     for number, (other, base, drawn) in enumerate([
-        ({}, bases, 2),
-        ({"validation_inference_steps": 1, "rank": 2, "seed": 5}, bases, 0),  # of the run, not of the class images
-        ({"class_prompt": "a dog"}, bases, 2),
-        ({}, bases, 0),  # the first ones are still there
-        ({"class_inference_steps": 2}, bases, 2),
-        ({"class_guidance_scale": 3.5, "resolution": 16}, bases, 2),
+        ({}, text_bases, 2),
+        ({"validation_inference_steps": 1, "rank": 2, "seed": 5}, text_bases, 0),  # of the run, not of the class images
+        ({"class_prompt": "a dog"}, text_bases, 2),
+        ({}, text_bases, 0),  # the first ones are still there
+        ({"class_inference_steps": 2}, text_bases, 2),
+        ({"class_guidance_scale": 3.5, "resolution": 16}, text_bases, 2),
         ({}, changed, 2),
-        ({"num_class_images": 3}, bases, 1),
+        ({"num_class_images": 3}, text_bases, 1),
     ]):  # fmt: skip
         before = tagged(folder) if folder.exists() else {}
         run("sd3", base, subject, tmp_path / str(number), **{**options, **other})
@@ -232,16 +226,16 @@ def test_ones_own_class_images_are_used_and_those_of_another_key_are_not(tmp_pat
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_a_resumed_run_says_when_its_images_are_others_under_the_same_names(bases, tmp_path, caplog):
+def test_a_resumed_run_says_when_its_images_are_others_under_the_same_names(text_bases, tmp_path, caplog):
     subject = pictures(tmp_path / "subject", 0)
     options = {"checkpointing_steps": 1, "validation_steps": 0}
-    run("sd3", bases, subject, tmp_path / "out", **options)
+    run("sd3", text_bases, subject, tmp_path / "out", **options)
     resumed = {**options, "max_train_steps": 3, "resume_from_checkpoint": "latest"}
     caplog.clear()
-    run("sd3", bases, subject.rename(tmp_path / "moved"), tmp_path / "out", **resumed)
+    run("sd3", text_bases, subject.rename(tmp_path / "moved"), tmp_path / "out", **resumed)
     assert "the images, captions and weights are not those" not in caplog.text
     pictures(tmp_path / "moved", 7, count=1)
-    run("sd3", bases, tmp_path / "moved", tmp_path / "out", **{**resumed, "max_train_steps": 4})
+    run("sd3", text_bases, tmp_path / "moved", tmp_path / "out", **{**resumed, "max_train_steps": 4})
     assert "the images, captions and weights are not those" in caplog.text
 
 

@@ -96,6 +96,15 @@ def test_what_a_run_wrote_down_reads_back_to_the_same_values(recipe, data, tmp_p
     assert parse(cls, "", ["--config", str(path)]) == again
 
 
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\u2028b", "a \u2029", "two\nlines", "a\rb", "\ufeff", " ", "#", "~", "1e-4", "no"]
+)
+def test_texts_that_yaml_would_change_read_back(text, tmp_path):
+    options = RECIPES["dit"](pretrained_model_name_or_path="base", output_dir=text, logging_dir=text)
+    save_options(options, tmp_path / "config.yaml")
+    assert parse(RECIPES["dit"], "", ["--config", str(tmp_path / "config.yaml")]) == options
+
+
 @pytest.mark.parametrize(("recipe", "name"), NUMBERS)
 def test_every_number_has_its_bounds_and_is_refused_outside_of_them_by_flag_and_by_file(recipe, name, tmp_path):
     cls = RECIPES[recipe]

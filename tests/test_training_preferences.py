@@ -19,19 +19,10 @@ from slora_diffusers import serial_lora_scale
 from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.recipes import dreambooth_pixart, dreambooth_sd3
 from slora_diffusers.training.diffusion.preferences import DPO
-from tests.tiny.pipelines import tiny_pixart_pipeline, tiny_sd3_pipeline
 from tests.vision_recipes import classify
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 RECIPES = {"sd3": dreambooth_sd3, "sigma": dreambooth_pixart}
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    tiny_sd3_pipeline().save_pretrained(folder / "sd3")
-    tiny_pixart_pipeline("sigma").save_pretrained(folder / "sigma")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,9 @@ def log(out, name="loss"):
 
 
 @pytest.mark.parametrize("family", ["sd3", "sigma"])
-def test_dpo_is_diffusers_formula_on_pairs_of_one_noise_time_and_caption(family, bases, pairs, tmp_path, monkeypatch):
+def test_dpo_is_diffusers_formula_on_pairs_of_one_noise_time_and_caption(
+    family, text_bases, pairs, tmp_path, monkeypatch
+):
     seen = []
     losses = DPO.losses
 
@@ -79,7 +72,7 @@ def test_dpo_is_diffusers_formula_on_pairs_of_one_noise_time_and_caption(family,
 
     monkeypatch.setattr(DPO, "losses", watched)
     flags = ["--rejected_data_dir", str(pairs / "rejected"), "--objective", "dpo", "--objective_args", "beta=50"]
-    train(family, bases, pairs / "chosen", tmp_path, *flags, "--learning_rate", "1e-2", "--cache_latents")
+    train(family, text_bases, pairs / "chosen", tmp_path, *flags, "--learning_rate", "1e-2", "--cache_latents")
     logged = log(tmp_path)
     assert logged[0] == pytest.approx(np.log(2), abs=1e-4) and len(seen) == 3  # untrained, both are the base
     for (objective, noised, output, base, result), loss in zip(seen, logged, strict=True):
@@ -95,10 +88,10 @@ def test_dpo_is_diffusers_formula_on_pairs_of_one_noise_time_and_caption(family,
         assert loss == pytest.approx(-F.logsigmoid(inside).mean().item(), rel=1e-4)
 
 
-def test_dpo_learns_to_prefer_what_was_chosen(bases, pairs, tmp_path):
+def test_dpo_learns_to_prefer_what_was_chosen(text_bases, pairs, tmp_path):
     flags = ["--rejected_data_dir", str(pairs / "rejected"), "--objective", "dpo", "--objective_args", "beta=500"]
     flags += ["--learning_rate", "2e-2", "--max_train_steps", "25"]
-    train("sd3", bases, pairs / "chosen", tmp_path, *flags)
+    train("sd3", text_bases, pairs / "chosen", tmp_path, *flags)
     assert np.mean(log(tmp_path)[-5:]) < 0.9 * np.log(2)
 
 
@@ -116,20 +109,20 @@ def test_dpo_learns_to_prefer_what_was_chosen(bases, pairs, tmp_path):
         (["--init_from", "x", "--adapter", "lora"], "starts from a Serial LoRA adapter"),
     ],
 )
-def test_what_cannot_be_is_told_before_training(flags, message, bases, pairs, tmp_path):
+def test_what_cannot_be_is_told_before_training(flags, message, text_bases, pairs, tmp_path):
     with pytest.raises(SerialLoraError, match=message):
-        train("sd3", bases, pairs / "chosen", tmp_path, *(flag.format(pairs=pairs) for flag in flags))
+        train("sd3", text_bases, pairs / "chosen", tmp_path, *(flag.format(pairs=pairs) for flag in flags))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_each_prompt_is_drawn_with_its_own_seed_negative_prompt_and_weight_and_the_steps_stand_side_by_side(
-    bases, pairs, tmp_path
+    text_bases, pairs, tmp_path
 ):
     flags = ["--validation_prompt", "a cat", "a dog", "--validation_negative_prompt", "bad", "worse"]
     flags += ["--validation_seeds", "5", "6", "--validation_adapter_weights", "1", "0", "--num_validation_images", "2"]
     flags += ["--validation_steps", "2", "--max_train_steps", "4", "--learning_rate", "2e-2"]
-    path = train("sd3", bases, pairs / "chosen", tmp_path, *flags, "--validation_inference_steps", "2")
-    pipe: Any = DiffusionPipeline.from_pretrained(bases / "sd3")
+    path = train("sd3", text_bases, pairs / "chosen", tmp_path, *flags, "--validation_inference_steps", "2")
+    pipe: Any = DiffusionPipeline.from_pretrained(text_bases / "sd3")
     pipe.set_progress_bar_config(disable=True)
     from slora_diffusers.training.diffusion.validation import sample_generators
 
@@ -155,17 +148,17 @@ def test_each_prompt_is_drawn_with_its_own_seed_negative_prompt_and_weight_and_t
         assert (steps[14 : 14 + 64, left : left + 64] == sheet).all()
 
 
-def test_a_run_starts_from_an_adapter_with_its_rank_and_places(bases, pairs, tmp_path):
-    first = train("sd3", bases, pairs / "chosen", tmp_path / "a", "--learning_rate", "1e-2", "--layers", "0")
+def test_a_run_starts_from_an_adapter_with_its_rank_and_places(text_bases, pairs, tmp_path):
+    first = train("sd3", text_bases, pairs / "chosen", tmp_path / "a", "--learning_rate", "1e-2", "--layers", "0")
     still = ["--learning_rate", "0", "--adam_weight_decay", "0", "--init_from", str(tmp_path / "a"), "--dropout", "0.1"]
-    second = train("sd3", bases, pairs / "chosen", tmp_path / "b", *still)
+    second = train("sd3", text_bases, pairs / "chosen", tmp_path / "b", *still)
     one, other = load_file(first), load_file(second)
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
     assert any(tensor.abs().max() > 0 for key, tensor in one.items() if "lora_B" in key)
     with pytest.raises(SerialLoraError, match=r"--rank is 3, and .* has 2: leave it out"):
-        train("sd3", bases, pairs / "chosen", tmp_path / "c", *still, "--rank", "3")
+        train("sd3", text_bases, pairs / "chosen", tmp_path / "c", *still, "--rank", "3")
     with pytest.raises(SerialLoraError, match=r"does not fit|has nothing for|transformer"):
-        train("sigma", bases, pairs / "chosen", tmp_path / "d", "--init_from", str(tmp_path / "a"))
+        train("sigma", text_bases, pairs / "chosen", tmp_path / "d", "--init_from", str(tmp_path / "a"))
 
 
 def test_a_vision_run_starts_from_an_adapter(vit_base, stripes, tmp_path):

@@ -20,26 +20,18 @@ from slora_diffusers.training.checkpoint import checkpoints, read_checkpoint
 from slora_diffusers.training.diffusion.denoising import Denoising
 from slora_diffusers.training.log import ABANDONED, METRICS
 from slora_diffusers.training.place import Place
-from tests.tiny.pipelines import tiny_dit_pipeline
+from tests.tiny_runs import glyph_run
 from tests.vision_recipes import classify
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 WEIGHTS = "serial_lora_weights.safetensors"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_dit_pipeline("flow_prediction").save_pretrained(folder)
-    return folder
-
-
 def train(base, out, *flags):
     AcceleratorState._reset_state(reset_partial_state=True)
-    argv = ["--pretrained_model_name_or_path", str(base), "--output_dir", str(out), "--glyphs", "script"]
-    argv += ["--glyph_variations", "1", "--train_batch_size", "2", "--rank", "4", "--learning_rate", "1e-2"]
+    argv = glyph_run(base, out)
     argv += ["--max_train_steps", "4", "--validation_inference_steps", "1", "--num_validation_images", "1"]
-    return dit.main([*argv, "--validation_steps", "0", "--checkpointing_steps", "0", *flags])
+    return dit.main([*argv, "--checkpointing_steps", "0", *flags])
 
 
 def lines(out, name=METRICS):
@@ -88,39 +80,39 @@ class Odd(Exception):
 )
 @pytest.mark.parametrize(("where", "kept"), [("loss", 2), ("validation", 3)])
 def test_any_exception_saves_the_last_step_first_and_it_resumes_to_the_bit(
-    error, where, kept, base, tmp_path, monkeypatch
+    error, where, kept, dit_base, tmp_path, monkeypatch
 ):
     flags = ["--validation_steps", "3"] if where == "validation" else []
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         fail_at(patch, where, 3, error)
-        train(base, tmp_path / "broken", *flags)
+        train(dit_base, tmp_path / "broken", *flags)
     (saved,) = checkpoints(tmp_path / "broken")
     assert saved.name == f"checkpoint-{kept}" and (saved / WEIGHTS).is_file()
     if isinstance(error, Odd):
-        resumed = load_file(train(base, tmp_path / "broken", *flags, "--resume_from_checkpoint", "latest"))
-        through = load_file(train(base, tmp_path / "through", *flags))
+        resumed = load_file(train(dit_base, tmp_path / "broken", *flags, "--resume_from_checkpoint", "latest"))
+        through = load_file(train(dit_base, tmp_path / "through", *flags))
         assert all(resumed[key].equal(through[key]) for key in through)
 
 
 def test_an_exception_between_two_steps_saves_the_weights_and_no_state_that_does_not_fit_them(
-    base, tmp_path, monkeypatch
+    dit_base, tmp_path, monkeypatch
 ):
     fail_at(monkeypatch, "optimizer", 3, Odd())
     with pytest.raises(Odd):
-        train(base, tmp_path, "--checkpointing_steps", "2")
+        train(dit_base, tmp_path, "--checkpointing_steps", "2")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
     assert load_file(tmp_path / "rescued-2" / WEIGHTS)
 
 
-def test_nothing_is_saved_where_nothing_was_learnt(base, tmp_path, monkeypatch):
+def test_nothing_is_saved_where_nothing_was_learnt(dit_base, tmp_path, monkeypatch):
     fail_at(monkeypatch, "loss", 1, Odd())
     with pytest.raises(Odd):
-        train(base, tmp_path)
+        train(dit_base, tmp_path)
     assert not checkpoints(tmp_path) and not list(tmp_path.glob("rescued-*"))
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_run_after_the_step_with_everything_saved(name, base, tmp_path, monkeypatch):
+def test_a_signal_ends_the_run_after_the_step_with_everything_saved(name, dit_base, tmp_path, monkeypatch):
     losses = Denoising.losses
 
     def dropped(self, batch, *times):
@@ -131,7 +123,7 @@ def test_a_signal_ends_the_run_after_the_step_with_everything_saved(name, base, 
     monkeypatch.setattr(Denoising, "losses", dropped)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal
     try:
-        assert train(base, tmp_path).exists()
+        assert train(dit_base, tmp_path).exists()
     finally:
         signal.signal(signal.SIGHUP, before)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
@@ -165,7 +157,7 @@ class Tracker:
 
 
 @pytest.mark.parametrize("good", [0, 3])
-def test_a_trackers_failure_is_a_warning(good, base, tmp_path, monkeypatch, caplog):
+def test_a_trackers_failure_is_a_warning(good, dit_base, tmp_path, monkeypatch, caplog):
     tracker = Tracker(good)
     place = Place.__init__
 
@@ -174,17 +166,17 @@ def test_a_trackers_failure_is_a_warning(good, base, tmp_path, monkeypatch, capl
         self.accelerator.trackers = [tracker]
 
     monkeypatch.setattr(Place, "__init__", with_tracker)
-    assert train(base, tmp_path, "--validation_steps", "2").exists()
+    assert train(dit_base, tmp_path, "--validation_steps", "2").exists()
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4]
     assert tracker.calls > 4 and caplog.text.count("the run goes on without it") == 2  # logging, and its end
 
 
-def test_a_tracker_that_cannot_even_start_is_a_warning(base, tmp_path, monkeypatch, caplog):
+def test_a_tracker_that_cannot_even_start_is_a_warning(dit_base, tmp_path, monkeypatch, caplog):
     def refuse(*_, **__):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
-    assert train(base, tmp_path, "--report_to", "tensorboard").exists()
+    assert train(dit_base, tmp_path, "--report_to", "tensorboard").exists()
     assert "starting tensorboard failed" in caplog.text
 
 
@@ -197,7 +189,7 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", ["picture", "loss"])
-def test_validation_that_does_not_fit_is_skipped_with_a_warning(error, where, base, tmp_path, monkeypatch, caplog):
+def test_validation_that_does_not_fit_is_skipped_with_a_warning(error, where, dit_base, tmp_path, monkeypatch, caplog):
     def fails(*_, **__):
         raise error
 
@@ -205,16 +197,16 @@ def test_validation_that_does_not_fit_is_skipped_with_a_warning(error, where, ba
         monkeypatch.setattr(DiTPipeline, "__call__", fails)
     else:
         monkeypatch.setattr("slora_diffusers.training.diffusion.denoising.fixed_noise_loss", fails)
-    assert train(base, tmp_path, "--validation_steps", "2").exists()
+    assert train(dit_base, tmp_path, "--validation_steps", "2").exists()
     losses = [line for line in lines(tmp_path) if "validation_loss" in line]
     assert len(losses) == (3 if where == "picture" else 0)
     assert caplog.text.count("does not fit into memory and is skipped") == 3
 
 
-def test_other_errors_of_validation_are_not_swallowed(base, tmp_path, monkeypatch):
+def test_other_errors_of_validation_are_not_swallowed(dit_base, tmp_path, monkeypatch):
     monkeypatch.setattr(DiTPipeline, "__call__", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train(base, tmp_path, "--validation_steps", "2")
+        train(dit_base, tmp_path, "--validation_steps", "2")
 
 
 def test_out_of_memory_in_a_vision_validation_is_skipped_too(vit_base, stripes, tmp_path, monkeypatch, caplog):
@@ -228,33 +220,33 @@ def test_out_of_memory_in_a_vision_validation_is_skipped_too(vit_base, stripes, 
 
 
 @pytest.mark.parametrize("half", ['{"step": 2, "lo', "", "\x00\x00", "[1]", '{"step": "x"}', "[" * 5000, "\udcff"])
-def test_half_a_line_of_metrics_blocks_no_resume(half, base, tmp_path):
-    train(base, tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1")
+def test_half_a_line_of_metrics_blocks_no_resume(half, dit_base, tmp_path):
+    train(dit_base, tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1")
     whole = (tmp_path / METRICS).read_bytes()
     (tmp_path / METRICS).write_bytes(whole + half.encode(errors="surrogateescape"))
-    train(base, tmp_path, "--max_train_steps", "3", "--resume_from_checkpoint", "checkpoint-1")
+    train(dit_base, tmp_path, "--max_train_steps", "3", "--resume_from_checkpoint", "checkpoint-1")
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     moved = (tmp_path / ABANDONED).read_bytes().splitlines()
     assert moved[0] == whole.splitlines()[1] and len(moved) == 1 + bool(half)
 
 
-def test_a_second_run_into_a_folder_keeps_the_first_ones_metrics(base, tmp_path):
-    train(base, tmp_path, "--max_train_steps", "3")
+def test_a_second_run_into_a_folder_keeps_the_first_ones_metrics(dit_base, tmp_path):
+    train(dit_base, tmp_path, "--max_train_steps", "3")
     first = lines(tmp_path)
-    train(base, tmp_path, "--max_train_steps", "2")
+    train(dit_base, tmp_path, "--max_train_steps", "2")
     assert lines(tmp_path, ABANDONED) == first and [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
-def test_a_checkpoint_holds_the_adapter_as_it_would_be_saved(base, tmp_path):
+def test_a_checkpoint_holds_the_adapter_as_it_would_be_saved(dit_base, tmp_path):
     """Averaged, where the average is what is saved; each step can be loaded and picked."""
     flags = ["--use_ema", "--ema_decay", "0.5", "--max_train_steps", "3", "--checkpointing_steps", "1"]
-    final = load_file(train(base, tmp_path, *flags))
+    final = load_file(train(dit_base, tmp_path, *flags))
     steps = [load_file(tmp_path / f"checkpoint-{n}" / WEIGHTS) for n in (1, 2, 3)]
     assert all(steps[2][key].equal(final[key]) for key in final)
     assert any(not steps[0][key].equal(steps[1][key]) for key in final)
     raw = read_checkpoint(tmp_path / "checkpoint-3")["trained"]
     assert not any(tensor.equal(other) for tensor in raw.values() for other in final.values() if tensor.abs().max() > 0)
-    pipe = DiTPipeline.from_pretrained(base)
+    pipe = DiTPipeline.from_pretrained(dit_base)
     pipe.load_serial_lora(tmp_path / "checkpoint-2")
     assert pipe.serial_lora_status()
 

@@ -13,23 +13,15 @@ from slora_diffusers.files.format import AdapterFile
 from slora_diffusers.recipes import dit as train_dit
 from slora_diffusers.training import start
 from slora_diffusers.training.checkpoint import read_checkpoint
-from tests.tiny.pipelines import tiny_dit_pipeline
+from tests.tiny_runs import glyph_run
 from tests.vision_recipes import classify, losses
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_dit_pipeline("flow_prediction").save_pretrained(folder)
-    return folder
-
-
 def train(base, out, *flags):
-    argv = ["--pretrained_model_name_or_path", str(base), "--output_dir", str(out), "--glyphs", "script"]
-    argv += ["--glyph_variations", "1", "--train_batch_size", "2", "--rank", "4", "--learning_rate", "1e-2"]
-    more = ["--validation_steps", "0", "--checkpointing_steps", "0", "--init", "gradient", "--init_batches", "3"]
+    argv = glyph_run(base, out)
+    more = ["--checkpointing_steps", "0", "--init", "gradient", "--init_batches", "3"]
     return train_dit.main([*argv, *more, "--max_train_steps", "3", *flags])
 
 
@@ -40,88 +32,88 @@ def at_rate_zero(base, out, *flags):
     return {key: tensor for key, tensor in tensors.items() if "lora_A" in key}
 
 
-def test_every_a_starts_from_the_gradient_and_the_file_says_so(base, tmp_path):
-    starts = at_rate_zero(base, tmp_path / "one")
+def test_every_a_starts_from_the_gradient_and_the_file_says_so(dit_base, tmp_path):
+    starts = at_rate_zero(dit_base, tmp_path / "one")
     assert starts and all(torch.allclose(A @ A.mT, ROW_NORM**2 * torch.eye(4), atol=1e-5) for A in starts.values())
     assert AdapterFile.read(tmp_path / "one").components["transformer"].config.init == "gradient"
-    again = at_rate_zero(base, tmp_path / "two")
+    again = at_rate_zero(dit_base, tmp_path / "two")
     assert all(again[key].equal(A) for key, A in starts.items())
-    other = at_rate_zero(base, tmp_path / "three", "--init_batches", "1")
+    other = at_rate_zero(dit_base, tmp_path / "three", "--init_batches", "1")
     assert not any(other[key].equal(A) for key, A in starts.items())
 
 
-def test_the_loss_of_the_first_step_is_that_of_the_base_and_the_steps_go_on_from_the_start(base, tmp_path):
-    train(base, tmp_path / "gradient")
-    train(base, tmp_path / "kaiming", "--init", "kaiming")
+def test_the_loss_of_the_first_step_is_that_of_the_base_and_the_steps_go_on_from_the_start(dit_base, tmp_path):
+    train(dit_base, tmp_path / "gradient")
+    train(dit_base, tmp_path / "kaiming", "--init", "kaiming")
     ours, theirs = losses(tmp_path / "gradient"), losses(tmp_path / "kaiming")
     assert ours[0] == theirs[0] and ours[1:] != theirs[1:]
 
 
-def test_it_reads_the_first_batches_twice_and_shows_how_far_it_is(base, tmp_path, monkeypatch, capsys):
-    train(base, tmp_path)
+def test_it_reads_the_first_batches_twice_and_shows_how_far_it_is(dit_base, tmp_path, monkeypatch, capsys):
+    train(dit_base, tmp_path)
     assert "gradient start: 100%" in capsys.readouterr().err.replace("\r", "\n")
 
 
-def test_a_run_that_is_resumed_equals_one_that_went_through_and_does_not_start_again(base, tmp_path, monkeypatch):
+def test_a_run_that_is_resumed_equals_one_that_went_through_and_does_not_start_again(dit_base, tmp_path, monkeypatch):
     flags = ["--checkpointing_steps", "1", "--max_train_steps"]
-    through = load_file(train(base, tmp_path / "through", *flags, "3"))
-    train(base, tmp_path / "resumed", *flags, "2")
+    through = load_file(train(dit_base, tmp_path / "through", *flags, "3"))
+    train(dit_base, tmp_path / "resumed", *flags, "2")
     monkeypatch.setattr(start, "gradient_starts", lambda *arguments: pytest.fail("a second start"))
-    path = train(base, tmp_path / "resumed", *flags, "3", "--resume_from_checkpoint", "latest")
+    path = train(dit_base, tmp_path / "resumed", *flags, "3", "--resume_from_checkpoint", "latest")
     resumed = load_file(path)
     assert resumed.keys() == through.keys() and all(resumed[key].equal(through[key]) for key in through)
     assert AdapterFile.read(path).components["transformer"].config.init == "gradient"
 
 
-def test_another_start_does_not_fit_a_checkpoint(base, tmp_path):
-    train(base, tmp_path, "--checkpointing_steps", "1")
+def test_another_start_does_not_fit_a_checkpoint(dit_base, tmp_path):
+    train(dit_base, tmp_path, "--checkpointing_steps", "1")
     with pytest.raises(SerialLoraError, match="--init gradient, and now it is kaiming"):
-        train(base, tmp_path, "--init", "kaiming", "--resume_from_checkpoint", "latest")
+        train(dit_base, tmp_path, "--init", "kaiming", "--resume_from_checkpoint", "latest")
 
 
-def test_the_average_begins_at_the_start(base, tmp_path):
-    train(base, tmp_path, "--use_ema", "--checkpointing_steps", "1", "--learning_rate", "0")
+def test_the_average_begins_at_the_start(dit_base, tmp_path):
+    train(dit_base, tmp_path, "--use_ema", "--checkpointing_steps", "1", "--learning_rate", "0")
     state = read_checkpoint(tmp_path / "checkpoint-1")
     for average, (_, trained) in zip(state["ema"]["shadow_params"], state["trained"].items(), strict=True):
         assert torch.allclose(average, trained)
 
 
-def test_accumulated_batches_count_one_by_one(base, tmp_path):
+def test_accumulated_batches_count_one_by_one(dit_base, tmp_path):
     """Three micro-batches are three, however many make a step."""
-    plain = at_rate_zero(base, tmp_path / "plain")
-    accumulated = at_rate_zero(base, tmp_path / "accumulated", "--gradient_accumulation_steps", "2")
+    plain = at_rate_zero(dit_base, tmp_path / "plain")
+    accumulated = at_rate_zero(dit_base, tmp_path / "accumulated", "--gradient_accumulation_steps", "2")
     assert all(accumulated[key].equal(A) for key, A in plain.items())
 
 
-def test_mixed_precision_and_checkpointing_find_about_the_same_start(base, tmp_path):
-    exact = at_rate_zero(base, tmp_path / "exact", "--rank", "1")
+def test_mixed_precision_and_checkpointing_find_about_the_same_start(dit_base, tmp_path):
+    exact = at_rate_zero(dit_base, tmp_path / "exact", "--rank", "1")
     AcceleratorState._reset_state(reset_partial_state=True)
     mixed = at_rate_zero(
-        base, tmp_path / "mixed", "--rank", "1", "--mixed_precision", "bf16", "--gradient_checkpointing"
+        dit_base, tmp_path / "mixed", "--rank", "1", "--mixed_precision", "bf16", "--gradient_checkpointing"
     )
     overlaps = [abs((mixed[key] * A).sum().item()) / ROW_NORM**2 for key, A in exact.items()]
     assert min(overlaps) > 0.9
 
 
-def test_pefts_lora_starts_from_its_own_gradient(base, tmp_path):
-    starts = at_rate_zero(base, tmp_path, "--adapter", "lora")
+def test_pefts_lora_starts_from_its_own_gradient(dit_base, tmp_path):
+    starts = at_rate_zero(dit_base, tmp_path, "--adapter", "lora")
     assert starts and all(torch.allclose(A @ A.mT, ROW_NORM**2 * torch.eye(4), atol=1e-5) for A in starts.values())
 
 
-def test_pefts_lora_is_drawn_as_asked(base, tmp_path):
+def test_pefts_lora_is_drawn_as_asked(dit_base, tmp_path):
     """Of PEFT's own distributions: N(0, 1 / r^2), where its usual start is uniform within 1 / sqrt(d)."""
     flags = ["--max_train_steps", "1", "--learning_rate", "0", "--adapter", "lora", "--init"]
     for init, within in (("gaussian", False), ("kaiming", True)):
-        tensors = load_file(train(base, tmp_path / init, *flags, init))
+        tensors = load_file(train(dit_base, tmp_path / init, *flags, init))
         A = torch.cat([tensor.flatten() for key, tensor in tensors.items() if "lora_A" in key])
         bound = max(tensor.shape[1] ** -0.5 for key, tensor in tensors.items() if "lora_A" in key)
         assert (A.abs().max() <= bound) == within
 
 
 @pytest.mark.parametrize("adapter", ["full"])
-def test_what_has_no_matrices_has_no_such_start(base, tmp_path, adapter):
+def test_what_has_no_matrices_has_no_such_start(dit_base, tmp_path, adapter):
     with pytest.raises(SerialLoraError, match=f"--adapter {adapter} has none"):
-        train(base, tmp_path, "--adapter", adapter)
+        train(dit_base, tmp_path, "--adapter", adapter)
     assert not tmp_path.joinpath("config.yaml").exists()
 
 

@@ -31,6 +31,14 @@ def fused_copy(backbone: nn.Module) -> Any:
     return plain.requires_grad_(False).eval()
 
 
+def whole_model(backbone: nn.Module, save_directory: str | os.PathLike[str] | None) -> Any:
+    """`fused_copy`, for a base that is the model of its task itself; written to the folder, if one is given."""
+    model = fused_copy(backbone)
+    if save_directory is not None:
+        model.save_pretrained(save_directory)
+    return model
+
+
 def image_classifier(
     backbone: nn.Module,
     head: Any,

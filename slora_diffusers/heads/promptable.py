@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import SerialLoraConfig
 from ..errors import ArchitectureError
 from .base import SerialLoraWithHead, open_model
-from .deploy import fused_copy
+from .deploy import whole_model
 from .losses import check_masks, mask_loss
 from .preprocessing import Preprocessing
 
@@ -89,10 +89,7 @@ class SerialLoraForPromptableSegmentation(SerialLoraWithHead):
         Args:
             save_directory: Folder to write it to.
         """
-        model = fused_copy(self.backbone)
-        if save_directory is not None:
-            model.save_pretrained(save_directory)
-        return model
+        return whole_model(self.backbone, save_directory)
 
     def forward(
         self,

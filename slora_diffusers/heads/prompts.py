@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config import SerialLoraConfig
 from ..errors import ArchitectureError, SerialLoraError
 from .base import SerialLoraWithHead, open_model
-from .deploy import fused_copy
+from .deploy import whole_model
 from .losses import single_label
 from .preprocessing import Preprocessing
 
@@ -118,10 +118,7 @@ class SerialLoraForPromptClassification(SerialLoraWithHead):
         Args:
             save_directory: Folder to write it to.
         """
-        model = fused_copy(self.backbone)
-        if save_directory is not None:
-            model.save_pretrained(save_directory)
-        return model
+        return whole_model(self.backbone, save_directory)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
         """Logits (B, classes), and the cross-entropy if there are labels.

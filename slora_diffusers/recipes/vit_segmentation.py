@@ -39,14 +39,7 @@ Masks = dict[str, Callable[[], Mask]]
 class Options(VisionOptions):
     """Images, masks, and the head."""
 
-    dataset_name: str | None = option(None, "Data set on the Hub or saved to a folder, instead of --train_data_dir.")
-    dataset_split: str = option("train", "Split of it to train on.")
-    validation_split: str | None = option(None, "Split of it to validate on.")
-    image_column: str = option("image", "Column of the images.")
     mask_column: str = option("mask", "Column of the masks, as images.")
-    validation_fraction: float = option(
-        0.2, "Share of the images to hold out where no validation data are given.", within="(0, 1)"
-    )
     label_map: str = option(None, "JSON file: what the masks' values or colours mean.", required=True)
     head: str = option("linear", "Head over the patches.", choices=tuple(SEGMENTATION_HEADS))
     head_layers: list[int] | None = option(

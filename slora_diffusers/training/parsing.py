@@ -117,6 +117,18 @@ def parse(options: type[T], description: str, argv: Sequence[str] | None = None,
     return options(**values)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts with a rare line break, which YAML would fold into a space."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(line_break in text for line_break in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def save_options(options: Any, path: Path) -> None:
     """Write the options in the form that --config reads."""
     specs = specs_of(options)
@@ -124,7 +136,7 @@ def save_options(options: Any, path: Path) -> None:
         name: value for name in specs if (value := getattr(options, name)) is not None and not specs[name][0].secret
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(kept, sort_keys=True, allow_unicode=True, width=float("inf"))
+    text = yaml.dump(kept, Dumper=_Dumper, sort_keys=True, allow_unicode=True, width=float("inf"))
     path.write_text(text, encoding="utf-8")
 
 

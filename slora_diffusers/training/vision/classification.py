@@ -18,7 +18,7 @@ from ..data.images import Item
 from ..data.labelled import Fetch, few_shots, hold_out, hub_dataset, image_folder
 from ..fit import Best
 from ..options import NOT_NEGATIVE
-from ..parsing import option
+from ..parsing import but, option
 from ..place import Place
 from .recipe import VisionOptions, train_with_head
 from .scores import class_weights, confusion_matrix, top_k_accuracy
@@ -28,14 +28,13 @@ from .scores import class_weights, confusion_matrix, top_k_accuracy
 class ClassOptions(VisionOptions):
     """Classes."""
 
-    dataset_name: str | None = option(None, "Data set on the Hub or saved to a folder, instead of --train_data_dir.")
-    dataset_split: str = option("train", "Split of it to train on.")
-    validation_split: str | None = option(None, "Split of it to validate on.")
-    image_column: str = option("image", "Column of the images.")
     label_column: str = option("label", "Column of the classes.")
     shots: int = option(0, "Training images of each class; 0 for all.", within=NOT_NEGATIVE)
-    validation_fraction: float = option(
-        0.2, "Share of every class to hold out where no validation data are given.", within="(0, 1)"
+    validation_fraction: float = but(
+        VisionOptions,
+        "validation_fraction",
+        0.2,
+        help="Share of every class to hold out where no validation data are given.",
     )
     balance_classes: bool = option(False, "Weigh classes in the cross-entropy by how few images they have.")
 

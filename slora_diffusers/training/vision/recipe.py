@@ -58,6 +58,13 @@ class VisionOptions(ImageOptions, BaseOptions):
     validation_data_dir: str | None = option(
         None, "Folder of the validation images, like --train_data_dir.", resume=FREE
     )
+    dataset_name: str | None = option(None, "Data set on the Hub or saved to a folder, instead of --train_data_dir.")
+    dataset_split: str = option("train", "Split of it to train on.")
+    validation_split: str | None = option(None, "Split of it to validate on.")
+    image_column: str = option("image", "Column of the images.")
+    validation_fraction: float = option(
+        0.2, "Share of the images to hold out where no validation data are given.", within="(0, 1)"
+    )
     head_learning_rate: float | None = option(
         None, "Learning rate of the head; 3e-3 by default beside an adapter.", within=NOT_NEGATIVE
     )
