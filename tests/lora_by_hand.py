@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slora_diffusers import SerialLoraConfig, add_serial_lora
+from slora_diffusers import (
+    SerialLoraConfig,
+    add_serial_lora,
+    disable_serial_lora,
+    fuse_serial_lora,
+    unfuse_serial_lora,
+    unload_serial_lora,
+)
+from slora_diffusers.core.sites import find_slots
 
 RANK, ALPHA = 3, 2.1
 CROSS = ("EncDecAttention", "crossattention", "crossattention.self", "encoder_attn", "cross_attn")
@@ -39,6 +49,10 @@ def add_random_adapter(model: nn.Module, inputs: tuple[str, ...] | None) -> None
     for name, parameter in model.named_parameters():
         if ".lora_B_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.4
+
+
+def all_pairs(model: nn.Module) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(slot.pair.name for slot in find_slots(model)))
 
 
 def fuse_by_hand(model: nn.Module, adapted: nn.Module) -> int:
@@ -76,3 +90,28 @@ def matrices(model: nn.Module, path: str, pair: str) -> Iterator[Tensor]:
 def error(got: Tensor, expected: Tensor, base: Tensor) -> float:
     """Size of the difference, relative to what the adapter changes."""
     return ((got - expected).norm() / (expected - base).norm()).item()
+
+
+def check_live_fused_and_by_hand(tiny: Any, inputs: Callable[[nn.Module], tuple[str, ...] | None]) -> None:
+    """Assert that a tiny model gives the same live, fused and with the LoRA by hand, and is the base again without.
+
+    Args:
+        tiny: Builds the model, and runs it.
+        inputs: Names of the model's pairs to adapt; None takes those that the record takes.
+    """
+    model = tiny.build()
+    reference, state, base = copy.deepcopy(model), copy.deepcopy(model.state_dict()), tiny.run(model)
+    add_random_adapter(model, inputs(model))
+    assert fuse_by_hand(reference, model) > 0
+    expected = tiny.run(reference)
+    assert (expected - base).norm() > 0.01 * base.norm()
+
+    assert error(tiny.run(model), expected, base) < 1e-3
+    fuse_serial_lora(model)
+    assert error(tiny.run(model), expected, base) < 1e-3
+    unfuse_serial_lora(model)
+    with disable_serial_lora(model):
+        assert torch.equal(tiny.run(model), base)
+    unload_serial_lora(model)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(weight, state[key]) for key, weight in model.state_dict().items())

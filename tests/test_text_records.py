@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from slora_diffusers import (
     ArchitectureError,
@@ -26,35 +25,15 @@ from slora_diffusers import (
     unfuse_serial_lora,
     unload_serial_lora,
 )
-from slora_diffusers.core.sites import find_slots
 from slora_diffusers.records.registry import ARCHITECTURES
 from slora_diffusers.records.text import RECORDS
-from tests.lora_by_hand import add_random_adapter, error, fuse_by_hand
+from tests.lora_by_hand import add_random_adapter, all_pairs, check_live_fused_and_by_hand, error
 from tests.tiny.text import TEXT
-
-
-def all_pairs(model: nn.Module) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(slot.pair.name for slot in find_slots(model)))
 
 
 @pytest.mark.parametrize("name", TEXT)
 def test_live_equals_fused_equals_the_lora_by_hand(name: str):
-    tiny = TEXT[name]
-    model = tiny.build()
-    reference, state, base = copy.deepcopy(model), copy.deepcopy(model.state_dict()), tiny.run(model)
-    add_random_adapter(model, all_pairs(model))
-    assert fuse_by_hand(reference, model) > 0
-    expected = tiny.run(reference)
-    assert (expected - base).norm() > 0.01 * base.norm()
-
-    assert error(tiny.run(model), expected, base) < 1e-3
-    fuse_serial_lora(model)
-    assert error(tiny.run(model), expected, base) < 1e-3
-    unfuse_serial_lora(model)
-    with disable_serial_lora(model):
-        assert torch.equal(tiny.run(model), base)
-    unload_serial_lora(model)
-    assert all(torch.equal(weight, state[key]) for key, weight in model.state_dict().items())
+    check_live_fused_and_by_hand(TEXT[name], all_pairs)
 
 
 @pytest.mark.parametrize("name", [name for name in TEXT if "/" not in name])

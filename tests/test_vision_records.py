@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from slora_diffusers import (
-    disable_serial_lora,
     export_lora,
-    fuse_serial_lora,
     load_serial_lora,
     save_serial_lora,
     serial_lora_state_dict,
-    unfuse_serial_lora,
-    unload_serial_lora,
 )
-from slora_diffusers.core.sites import find_slots
 from slora_diffusers.records.registry import ARCHITECTURES
 from slora_diffusers.records.vision import RECORDS
-from tests.lora_by_hand import add_random_adapter, error, fuse_by_hand
+from tests.lora_by_hand import add_random_adapter, all_pairs, check_live_fused_and_by_hand, error
 from tests.tiny.text import TEXT
 from tests.tiny.vision import VISION, timm
 
@@ -30,23 +23,7 @@ from tests.tiny.vision import VISION, timm
 @pytest.mark.parametrize("every", [False, True], ids=["default", "all-pairs"])
 @pytest.mark.parametrize("name", VISION)
 def test_live_equals_fused_equals_the_lora_by_hand(name: str, every: bool):
-    tiny = VISION[name]
-    model = tiny.build()
-    reference, state, base = copy.deepcopy(model), copy.deepcopy(model.state_dict()), tiny.run(model)
-    add_random_adapter(model, tuple(dict.fromkeys(s.pair.name for s in find_slots(model))) if every else None)
-    assert fuse_by_hand(reference, model) > 0
-    expected = tiny.run(reference)
-    assert (expected - base).norm() > 0.01 * base.norm()
-
-    assert error(tiny.run(model), expected, base) < 1e-3
-    fuse_serial_lora(model)
-    assert error(tiny.run(model), expected, base) < 1e-3
-    unfuse_serial_lora(model)
-    with disable_serial_lora(model):
-        assert torch.equal(tiny.run(model), base)
-    unload_serial_lora(model)
-    assert model.state_dict().keys() == state.keys()
-    assert all(torch.equal(weight, state[key]) for key, weight in model.state_dict().items())
+    check_live_fused_and_by_hand(VISION[name], all_pairs if every else lambda model: None)
 
 
 @pytest.mark.parametrize(
