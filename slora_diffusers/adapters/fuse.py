@@ -13,6 +13,7 @@ from ..core.components import adapted, check_known, held_by, names_of
 from ..core.hooks import check_scale
 from ..core.layer import SerialLoraPair
 from ..core.offload import Storage
+from ..core.processes import is_sharded
 from ..core.sites import Projection, Slot, find_slots, unwrap
 from ..core.state import Fused, Replaced, Weights, check_not_fused, pairs_of, registry_of, weight_at
 from ..core.tensors import checksum, is_finite
@@ -124,8 +125,7 @@ def peek_weight(model: nn.Module) -> Callable[[Projection], Tensor | None]:
     def peek(projection: Projection) -> Tensor | None:
         key = (id(projection.owner), projection.attribute)
         W = originals.get(key, getattr(projection.owner, projection.attribute, None))
-        sharded = hasattr(W, "full_tensor")
-        W = W if sharded or key in originals else storage.peek(projection.owner, projection.attribute)
+        W = W if key in originals or is_sharded(W) else storage.peek(projection.owner, projection.attribute)
         return W if W is None else projection.oriented(W)
 
     return peek

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterStateError
+from .processes import is_sharded, whole
 from .tensors import is_plain
 
 _GROUP = "group_offloading"
@@ -53,8 +54,8 @@ class Storage:
         tensor = getattr(module, name, None)
         if not isinstance(tensor, Tensor):
             return None
-        if hasattr(tensor, "full_tensor"):  # sharded by FSDP2: all processes take part
-            return tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+        if is_sharded(tensor):
+            return whole(tensor)
         if tensor.is_meta:
             hook = _offload_hook(module)
             return None if hook is None or hook.weights_map is None else hook.weights_map[name]
@@ -103,7 +104,7 @@ class Storage:
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             self.read(module, name, what, called)
             raise AdapterStateError(f"Cannot {what}: the weight {called} is offloaded, not in memory. {_HOOKS_OFF}.")
-        if hasattr(tensor, "full_tensor"):
+        if is_sharded(tensor):
             raise AdapterStateError(
                 f"Cannot {what}: the weight {called} is sharded over processes (FSDP). Save the adapter, and {what} it "
                 "in a model that is whole."

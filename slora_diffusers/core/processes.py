@@ -15,7 +15,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """Whether FSDP2 has left a part of the tensor here."""
     return hasattr(tensor, "full_tensor")
 

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.fuse import peek_weight
+from ..core.processes import is_sharded, whole
 from ..core.sites import Slot, find_slots, unwrap
 from ..core.tensors import is_plain
 from .format import Base
@@ -45,12 +46,12 @@ def fingerprint(model: nn.Module, slots: Sequence[Slot]) -> str | None:
     peek = peek_weight(model)
     for projection in chosen:
         W = peek(projection)
-        if W is None or not (is_plain(W) or hasattr(W, "full_tensor")):
+        if W is None or not (is_plain(W) or is_sharded(W)):
             return None
         values.append(W[:: max(1, W.shape[0] // each), W.shape[1] // 3][:each].float())
     if len({v.device for v in values}) > 1:  # device_map
         values = [v.cpu() for v in values]
-    sample = torch.cat([_whole(v) for v in values])[: 2 * SAMPLES].cpu()
+    sample = torch.cat([whole(v) for v in values])[: 2 * SAMPLES].cpu()
     return base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode("ascii")
 
 
@@ -71,7 +72,3 @@ def warn_of_other_base(what: str, theirs: Base, ours: Base, stacklevel: int) -> 
             "not be the same.",
             stacklevel=stacklevel + 1,
         )
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore

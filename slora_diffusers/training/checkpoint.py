@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.processes import whole
 from ..errors import SerialLoraError
-from .sharding import whole
 
 STATE_NAME = "training_state.pt"
 _FOLDER = re.compile(r"checkpoint-(\d+)")

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..core.processes import whole
 from ..errors import SerialLoraError
 from .data.batches import Batch
 from .randomness import counter_seed
@@ -181,5 +182,4 @@ def _check_finite(accelerator: Accelerator, number: int, loss: float, norm: Any)
 def _number(norm: Any) -> float:
     if norm is None:  # DeepSpeed clips inside its engine and tells no norm
         return 0.0
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return float(norm)
+    return float(whole(norm) if isinstance(norm, Tensor) else norm)

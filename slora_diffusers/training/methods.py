@@ -18,13 +18,13 @@ from torch import nn
 from ..adapters.contexts import disable_serial_lora
 from ..adapters.lifecycle import add_serial_lora
 from ..config import SerialLoraConfig
+from ..core.processes import whole
 from ..core.sites import find_slots
 from ..errors import SerialLoraError
 from ..files.format import AdapterFile
 from ..files.save import adapter_file
 from ..heads.base import checkpoint_gradients
 from .init_from import start_from, start_of
-from .sharding import whole
 
 if TYPE_CHECKING:
     from .options import BaseOptions

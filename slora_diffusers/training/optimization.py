@@ -12,6 +12,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from ..core.processes import is_sharded
 from . import checkpoint
 from .optim import evaluation_weights, make_optimizer, parameter_groups
 from .options import OptimizerOptions
@@ -111,7 +112,7 @@ class Optimization:
     @property
     def sharded(self) -> bool:
         """Whether parameters lie in parts on several processes, which have to gather them together."""
-        return any(hasattr(parameter, "full_tensor") for parameter in self.parameters())
+        return any(is_sharded(parameter) for parameter in self.parameters())
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that train."""

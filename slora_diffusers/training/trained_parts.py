@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import SerialLoraConfig
 from ..core.components import adapted, component_name, has_adapters, the_adapter
 from ..core.names import is_of_pair
+from ..core.processes import is_sharded, whole
 from ..core.sites import unwrap
 from ..core.state import matrices_of, registry_of
 from ..errors import AdapterFileError, SerialLoraError
@@ -23,7 +24,6 @@ from ..files.save import save_serial_lora
 from ..files.storage import WEIGHT_NAME, check_finite, write_safetensors
 from ..heads.base import SerialLoraWithHead
 from .checkpoint import load_parameters
-from .sharding import whole
 
 REST_NAME = "trained_beside_serial_lora.safetensors"
 
@@ -92,7 +92,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str | None:
     """What tells these tensors from any others: a hash of names and bytes. None if some of them are sharded."""
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if hasattr(tensor, "full_tensor") or tensor.is_meta:
+        if is_sharded(tensor) or tensor.is_meta:
             return None
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
