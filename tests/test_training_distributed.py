@@ -62,7 +62,7 @@ def log(out, name):
 
 
 def test_two_processes_equal_one_at_the_same_global_batch_and_write_one_file(base, tmp_path):
-    two = run(*TORCHRUN, *SCRIPT, *flags(base, tmp_path / "two", 3))
+    two = run(*TORCHRUN, *SCRIPT, *flags(base, tmp_path / "two", 3, offload="blocks"))
     assert two.returncode == 0, two.stderr[-3000:]
     one = run(*SCRIPT, *flags(base, tmp_path / "one", 6))
     assert one.returncode == 0, one.stderr[-3000:]

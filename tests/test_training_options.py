@@ -119,7 +119,7 @@ def test_an_unknown_flag_ends_the_program(capsys):
     [
         (["--max_train_steps", "0"], "max_train_steps must be at least 1"),
         (["--rank", "0"], "rank must be at least 1"),
-        (["--adapter", "full", "--quantize", "nf4"], "cannot be quantized"),
+        (["--adapter", "full", "--quantize", "nf4"], "is for frozen ones"),
     ],
 )
 def test_numbers_out_of_range_and_contradictions_are_refused(flags, message, monkeypatch):

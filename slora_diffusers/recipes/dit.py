@@ -39,6 +39,7 @@ from ..training.parsing import FREE, option
 from ..training.place import Place
 from ..training.precision import load_pipeline
 from ..training.preflight import check_sites
+from ..training.residence import settle
 from ..training.run import Run
 
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
@@ -99,14 +100,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     items, unseen = find_items(options)
     place = Place(options)
 
-    pipe = load_pipeline(DiTPipeline, DiTTransformer2DModel, options, place.weight_dtype).to(place.device)
-    attach(pipe.transformer, options)
-    keep_labels(pipe.transformer)
-    objective = objective_for(pipe.scheduler, options)
-
+    pipe = load_pipeline(DiTPipeline, DiTTransformer2DModel, options, place.weight_dtype)
     config, factor = pipe.transformer.config, vae_factor(pipe.vae)
     shapes = bucket_shapes(options.resolution or config.sample_size * factor, None, config.patch_size * factor)
     samples = Samples(place, options, pipe.vae, items, unseen, shapes)
+
+    attach(pipe.transformer, options)
+    settle(pipe.transformer, options, place)
+    keep_labels(pipe.transformer)
+    objective = objective_for(pipe.scheduler, options)
     run = Run(place, options, {"transformer": pipe.transformer}, samples.per_epoch)
     transformer = run.called["transformer"]
 

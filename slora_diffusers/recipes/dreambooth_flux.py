@@ -31,6 +31,7 @@ from ..training.parsing import option
 from ..training.place import Place
 from ..training.precision import load_pipeline
 from ..training.preflight import check_sites
+from ..training.residence import settle
 from ..training.run import Run
 
 T5_LENGTH = 512  # tokens
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     check_sites(FluxTransformer2DModel, options)
     place = Place(options)
 
-    pipe = load_pipeline(FluxPipeline, FluxTransformer2DModel, options, place.weight_dtype).to(place.device)
+    pipe = load_pipeline(FluxPipeline, FluxTransformer2DModel, options, place.weight_dtype)
     length = options.max_sequence_length or T5_LENGTH
     size: dict[str, Any] = {"patch": PATCH, "side": pipe.default_sample_size * vae_factor(pipe.vae)}
     call: dict[str, Any] = {"max_sequence_length": length}
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     samples = subject.samples()
 
     attach(pipe.transformer, options)
+    settle(pipe.transformer, options, place)
     objective = objective_for(pipe.scheduler, options, tokens=subject.tokens)
     run = Run(place, options, {"transformer": pipe.transformer}, samples.per_epoch)
     transformer = run.called["transformer"]

@@ -29,6 +29,7 @@ from ..training.options import parse
 from ..training.place import Place
 from ..training.precision import load_pipeline
 from ..training.preflight import check_sites
+from ..training.residence import settle
 from ..training.run import Run
 
 PIPELINES = {cls.__name__: cls for cls in (PixArtAlphaPipeline, PixArtSigmaPipeline)}
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         )
     place = Place(options)
 
-    pipe = load_pipeline(PIPELINES[name], PixArtTransformer2DModel, options, place.weight_dtype).to(place.device)
+    pipe = load_pipeline(PIPELINES[name], PixArtTransformer2DModel, options, place.weight_dtype)
     length = options.max_sequence_length or T5_LENGTHS[name]
     call: dict[str, Any] = {"use_resolution_binning": False}  # the sizes are chosen here
     subject = Subject(place, options, pipe, items, unseen, lambda text: encode_text(pipe, text, length), length, **call)
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     samples = subject.samples()
 
     attach(pipe.transformer, options)
+    settle(pipe.transformer, options, place)
     objective = objective_for(pipe.scheduler, options, sigma="ignore")
     run = Run(place, options, {"transformer": pipe.transformer}, samples.per_epoch)
     transformer = run.called["transformer"]

@@ -30,6 +30,7 @@ from ..training.parsing import REFUSED, option
 from ..training.place import Place
 from ..training.precision import load_pipeline
 from ..training.preflight import check_sites
+from ..training.residence import settle
 from ..training.run import Run
 
 T5_LENGTH = 77  # tokens; the pipeline's own default is 256
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     check_sites(SD3Transformer2DModel, options)
     place = Place(options)
 
-    pipe = load_pipeline(StableDiffusion3Pipeline, SD3Transformer2DModel, options, place.weight_dtype).to(place.device)
+    pipe = load_pipeline(StableDiffusion3Pipeline, SD3Transformer2DModel, options, place.weight_dtype)
     length = options.max_sequence_length or T5_LENGTH
     subject = Subject(place, options, pipe, items, unseen, lambda text: encode_text(pipe, text, length), length)
     texts = subject.texts
@@ -89,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     trained = ("transformer", *CLIP_ENCODERS) if options.train_text_encoder else ("transformer",)
     for name in trained:
         attach(getattr(pipe, name), options, component=name)
+    settle(pipe.transformer, options, place)
+    for name in trained[1:]:
+        getattr(pipe, name).to(place.device)
     objective = objective_for(pipe.scheduler, options, tokens=subject.tokens)
     rates: dict[str, float] = dict.fromkeys(CLIP_ENCODERS, options.text_encoder_lr)
     run = Run(place, options, {name: getattr(pipe, name) for name in trained}, samples.per_epoch, rates)

@@ -22,6 +22,7 @@ from ..training.options import parse
 from ..training.place import Place
 from ..training.precision import load_pipeline
 from ..training.preflight import check_sites
+from ..training.residence import settle
 from ..training.run import Run
 
 Tensors = dict[str, Tensor]
@@ -73,7 +74,7 @@ def train(family: Family, description: str | None, argv: Sequence[str] | None = 
     check_sites(family.transformer, options)
     place = Place(options)
 
-    pipe = load_pipeline(family.pipeline, family.transformer, options, place.weight_dtype).to(place.device)
+    pipe = load_pipeline(family.pipeline, family.transformer, options, place.weight_dtype)
     family.check(pipe)
     length = options.max_sequence_length or family.length
     size = {"patch": family.patch, "side": family.side}
@@ -84,6 +85,7 @@ def train(family: Family, description: str | None, argv: Sequence[str] | None = 
     samples = subject.samples()
 
     attach(pipe.transformer, options)
+    settle(pipe.transformer, options, place)
     objective = objective_for(pipe.scheduler, options, tokens=subject.tokens)
     run = Run(place, options, {"transformer": pipe.transformer}, samples.per_epoch)
     transformer = run.called["transformer"]

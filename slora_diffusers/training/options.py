@@ -60,7 +60,13 @@ class PipelineOptions(ModelOptions):
     """The pipeline."""
 
     variant: str | None = option(None, "Variant of the weight files, e.g. fp16.")
-    quantize: str | None = option(None, "Load the base weights quantized.", choices=tuple(QUANTIZATIONS))
+    quantize: str | None = option(
+        None, "Hold the base's weights in fewer bits: nf4, int8 (bitsandbytes), fp8.", choices=QUANTIZATIONS
+    )
+    offload: str | None = option(
+        None, "blocks: keep the transformer's frozen blocks on the CPU, to come where they compute.",
+        choices=("blocks",), resume=FREE,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

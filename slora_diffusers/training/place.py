@@ -49,6 +49,7 @@ class Place:
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             log_with=None if options.report_to is None else [*options.report_to],
             project_config=ProjectConfiguration(str(self.output_dir), str(logs / (options.run_name or ""))),
+            device_placement=False,  # the recipes know what is to lie where
         )
         # What accelerate was launched or configured with counts, unless the options say otherwise.
         if self.accelerator.mixed_precision not in DTYPES:

@@ -15,36 +15,38 @@ if TYPE_CHECKING:
     from .options import PipelineOptions
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-QUANTIZATIONS = {
+FP8 = "fp8"  # see residence.py; the rest is bitsandbytes's
+BITSANDBYTES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
+QUANTIZATIONS = (*BITSANDBYTES, FP8)
 
 
 def quantization_config(name: str | None, compute_dtype: torch.dtype) -> Any | None:
     """The `quantization_config` for a transformer's from_pretrained, or None.
 
     Args:
-        name: A name of `QUANTIZATIONS`, or None.
+        name: A name of `QUANTIZATIONS`, or None; there is one for those of `BITSANDBYTES`.
         compute_dtype: What 4-bit weights are multiplied in.
 
     Raises:
         SerialLoraError: If bitsandbytes is not installed.
     """
-    if name is None:
+    if name not in BITSANDBYTES:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SerialLoraError(f"--quantize {name} needs the package bitsandbytes: pip install bitsandbytes.")
     from diffusers import BitsAndBytesConfig
 
-    settings = dict(QUANTIZATIONS[name])
+    settings = dict(BITSANDBYTES[name])
     if name == "nf4":
         settings["bnb_4bit_compute_dtype"] = compute_dtype
     return BitsAndBytesConfig(**settings)
 
 
 def load_pipeline(pipeline_class: Any, transformer_class: Any, options: PipelineOptions, dtype: torch.dtype) -> Any:
-    """The pipeline to adapt: the transformer (quantized if asked) and text encoders in `dtype`, the VAE in fp32.
+    """The pipeline to adapt, on the CPU: the transformer (quantized if asked) and encoders in `dtype`, the VAE in fp32.
 
     Args:
         pipeline_class: Class of the pipeline.
@@ -59,6 +61,8 @@ def load_pipeline(pipeline_class: Any, transformer_class: Any, options: Pipeline
     dtypes = {"vae": torch.float32, "default": dtype}  # half precision overflows in some VAEs
     try:
         model = transformer_class.from_pretrained(path, subfolder="transformer", dtype=dtype, **where, **extra)
+        if quantization is not None:
+            model.to("cpu")  # until its turn: bitsandbytes loads to the GPU
         pipe = pipeline_class.from_pretrained(path, transformer=model, dtype=dtypes, **where)
     except OSError as error:
         raise SerialLoraError(f"--pretrained_model_name_or_path {path} is not a whole pipeline: {error}") from error

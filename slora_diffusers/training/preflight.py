@@ -15,7 +15,7 @@ from .init_from import start_of
 from .methods import ADAPTERS
 from .optim import optimizer_class
 from .options import BaseOptions, LatentOptions, PipelineOptions
-from .precision import quantization_config
+from .precision import BITSANDBYTES, quantization_config
 
 
 def check_options(options: BaseOptions) -> None:
@@ -40,14 +40,31 @@ def check_options(options: BaseOptions) -> None:
         raise SerialLoraError(f"--push_to_hub uploads Serial LoRA adapters; --adapter is {options.adapter}.")
     if isinstance(options, LatentOptions) and options.cache_latents and not options.center_crop:
         raise SerialLoraError("--cache_latents fixes the cut of every image: leave it out, or --no-center_crop.")
-    if isinstance(options, PipelineOptions) and options.quantize:
+    if isinstance(options, PipelineOptions):
+        _check_storage(options)
+
+
+def _check_storage(options: PipelineOptions) -> None:
+    """Raise SerialLoraError unless the base can be kept as --quantize and --offload say."""
+    chosen = {"quantize": options.quantize, "offload": options.offload}
+    flags = " ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
+    if flags and getattr(options, "adapter", None) == "full":
+        raise SerialLoraError(
+            f"--adapter full trains the weights themselves, and {flags} is for frozen ones: train an adapter."
+        )
+    if options.quantize in BITSANDBYTES:
         quantization_config(options.quantize, torch.float32)
-        if options.adapter == "full":
+        if options.offload:
             raise SerialLoraError(
-                "--adapter full trains the weights themselves: they cannot be quantized (--quantize)."
+                f"--offload moves plain weights, and --quantize {options.quantize} stores its own: use --quantize fp8, "
+                "or leave one out."
             )
         if not has_gpu():
-            raise SerialLoraError(f"--quantize {options.quantize} needs a GPU: diffusers quantizes nowhere else.")
+            raise SerialLoraError(
+                f"--quantize {options.quantize} needs a GPU: diffusers quantizes nowhere else. --quantize fp8 does not."
+            )
+    elif flags and options.compile:
+        raise SerialLoraError(f"{flags} moves weights between the layers, which --compile makes one: leave one out.")
 
 
 def check_tracker(name: str) -> None:

@@ -87,7 +87,7 @@ class Denoising:
         loss = fixed_noise_loss(self.objective.process, self.samples.fixed(), self.losses)
         if self.run.options.num_validation_images:
             with unless_it_does_not_fit(f"the picture of step {number}"):
-                with self.run.place.autocast():
+                with self.samples.decoding(), self.run.place.autocast():
                     images = self._draw()
                 self.run.log_picture("images", image_grid(images, self._columns), number)
                 if self.run.place.is_main:

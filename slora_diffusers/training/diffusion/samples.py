@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -14,6 +15,7 @@ from ..data.images import Item, Shape, content_of
 from ..data.order import Rows, enlarged, nearest_shape
 from ..options import CommonOptions
 from ..place import Place
+from ..residence import bring
 from .validation import fixed_batches
 
 logger: Any = get_logger(__name__)
@@ -53,8 +55,12 @@ class Samples:
             beside.setdefault(item.concept, set()).add(shape)
         own = [[shape] for shape in rows.shapes]
         fixed = [[nearest_shape(item, shapes)] for item in unseen]
-        for images, needed in ((items, own), (unseen, fixed), (prior, [sorted(beside[i.concept]) for i in prior])):
-            self._latents.fill(*place.share(images, needed))
+        self._place, self._vae = place, vae
+        if cache is None:
+            vae.to(place.device)
+        with self.decoding():
+            for images, needed in ((items, own), (unseen, fixed), (prior, [sorted(beside[i.concept]) for i in prior])):
+                self._latents.fill(*place.share(images, needed))
         place.wait()
         this_one = (place.accelerator.process_index, place.processes)
         self._batches = Batches(items, rows, self._latents.fetch, *this_one, prior=prior)
@@ -67,7 +73,13 @@ class Samples:
             "images": f"{len(self._batches.items)}, and {len(self._unseen)} in the validation loss",
             "samples per epoch": ", ".join(f"{count} of {height} x {width}" for (height, width), count in counts),
         }
+        if self._options.cache_latents:
+            lines["VAE"] = f"on {next(self._vae.parameters()).device}, but for pictures: latents are cached"
         return lines | ({"class images": str(self._prior)} if self._prior else {})
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Inside, the VAE is on the run's device; with cached latents it is not otherwise."""
+        return bring(self._place.device, self._vae)
 
     def latents(self, batch: Batch) -> Tensor:
         """z_0 of a batch, (B, C, h, w) in fp32."""

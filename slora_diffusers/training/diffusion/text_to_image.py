@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import free_memory
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...adapters.contexts import serial_lora_scale
 from ...errors import SerialLoraError
@@ -25,6 +25,7 @@ from ..data.order import bucket_shapes
 from ..options import ANY, COUNT, NOT_NEGATIVE, SHARE, CommonOptions
 from ..parsing import FREE, option
 from ..place import Place
+from ..residence import bring, in_turns
 from .class_images import ClassImages
 from .concepts import ConceptOptions, concepts_of, find_concept
 from .preferences import preferences
@@ -136,6 +137,9 @@ def views_of(options: TextToImageOptions, caption: str) -> list[View]:
     return [View(*row) for row in zip(*columns, strict=True)]
 
 
+_NOT_ENCODERS = ("transformer", "vae", "scheduler")
+
+
 class Texts:
     """Text embeddings, encoded once and read from the cache; the encoders can go after `fill`.
 
@@ -150,24 +154,29 @@ class Texts:
     def __init__(
         self, place: Place, options: TextToImageOptions, pipe: Any, encode: Callable[[str], Tensors], length: int
     ) -> None:
-        self._place, self._encode = place, encode
+        self._place, self._encode, self._pipe = place, encode, pipe
         self._cache = TensorCache(options.encodings_dir or place.output_dir / "cache")
         # All that may shape an embedding: encoders and their adapters, tokenizers, processors, the pipeline's settings.
-        self._maker = key_of(pipeline_key(pipe, "transformer", "vae", "scheduler"), length, str(place.weight_dtype))
+        self._maker = key_of(pipeline_key(pipe, *_NOT_ENCODERS), length, str(place.weight_dtype))
         self._keys: dict[str, str] = {}
 
     def fill(self, texts: Iterable[str]) -> None:
-        """Encode what the cache lacks; processes share the work."""
+        """Encode what the cache lacks, with the encoders on the device; processes share the work."""
 
         @torch.no_grad()
         def encode(text: str) -> Tensors:
+            come()
             return {name: tensor[0] for name, tensor in self._encode(text).items()}
 
         wanted = sorted(set(texts))
         (mine,) = self._place.share(wanted)
-        cache_texts(self._cache, mine, encode, self._maker)
-        self._place.wait()
-        self._keys |= cache_texts(self._cache, wanted, encode, self._maker)
+        parts = self._pipe.components.items()
+        encoders = [part for name, part in parts if name not in _NOT_ENCODERS and isinstance(part, nn.Module)]
+        with ExitStack() as stack:
+            come = cache(lambda: stack.enter_context(bring(self._place.device, *encoders)))
+            cache_texts(self._cache, mine, encode, self._maker)
+            self._place.wait()
+            self._keys |= cache_texts(self._cache, wanted, encode, self._maker)
 
     def __call__(self, texts: Sequence[str]) -> Tensors:
         """The embeddings of texts, stacked, on the run's device."""
@@ -282,7 +291,7 @@ class Subject:
         settings = {"height": height, "width": width, **self._call, **chosen}
 
         def draw(count: int, draws: list[torch.Generator]) -> list[Image.Image]:
-            with self._place.autocast():  # the VAE is fp32
+            with in_turns(self._pipe, self._place.device), self._place.autocast():  # the VAE is fp32
                 return _pictures(self._pipe([prompt] * count, generator=draws, **settings))
 
         made_by = key_of("class image", prompt, self._drawn_by, settings)
