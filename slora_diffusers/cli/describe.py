@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from ..config import SerialLoraConfig, block_index
-from ..convert.describe import Carried, LoraReport, models_of
+from ..config import SerialLoraConfig
+from ..convert.describe import Carried, LoraReport, block_norms, models_of
 from ..convert.layouts.read import some
 from ..convert.lowrank import LowRank
 from ..convert.merge import scaled_pairs
@@ -151,11 +151,6 @@ def _adapter_component(component: Component, pairs: Mapping[str, LowRank], model
     config = component.config or SerialLoraConfig()
     places = [split_place(key) for key in pairs]
     kinds = [pair for _, pair in places]
-    norms: dict[str, dict[str, float]] = {}
-    for (path, pair), part in zip(places, pairs.values(), strict=True):
-        block = block_index(path)
-        values = norms.setdefault("-" if block is None else str(block), {})
-        values[pair] = (values.get(pair, 0.0) ** 2 + part.norm() ** 2) ** 0.5
     if model is not None:
         exact = lora_equivalent(model, [slot for slot in find_slots(model) if slot.key in pairs], config)
     else:  # q, k, v and the output, square: eight matrices of LoRA for two of ours; optional pairs feed one
@@ -170,7 +165,7 @@ def _adapter_component(component: Component, pairs: Mapping[str, LowRank], model
         sum(part.numel for part in pairs.values()),
         exact,
         model is not None,
-        norms,
+        block_norms(pairs),
         tuple(sorted({str(t.dtype).removeprefix("torch.") for t in component.tensors.values()})),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,9 @@ from typing import Any
 
 from safetensors import safe_open
 
+from ..config import block_index
 from ..core.components import components_of, is_pipeline
+from ..core.names import split_place
 from ..records.registry import ARCHITECTURES
 from .compress import slots_with_parts
 from .layouts.kinds import settings_of
@@ -20,6 +23,7 @@ from .layouts.names import DENOISERS, ORIGINALS
 from .layouts.parts import Module, Parts, split_key
 from .layouts.read import find_lora, open_lora, read_lora, sort_lora
 from .layouts.spellings import is_of_another_component, stripped
+from .lowrank import LowRank
 
 _LAYOUTS = {
     r"base_model\.model\.": "PEFT",
@@ -114,6 +118,17 @@ def describe_lora(source: Any, base: Any = None, weight_name: str | None = None)
         not_understood=tuple(parts.rest),
         carried=None if base is None else _carried(source, base, weight_name),
     )
+
+
+def block_norms(pairs: Mapping[str, LowRank]) -> dict[str, dict[str, float]]:
+    """{block, or "-": {pair: ||s B A||_F}} of one component's pairs, those of a block taken together."""
+    norms: dict[str, dict[str, float]] = {}
+    for key, part in pairs.items():
+        path, pair = split_place(key)
+        block = block_index(path)
+        values = norms.setdefault("-" if block is None else str(block), {})
+        values[pair] = math.hypot(values.get(pair, 0.0), part.norm())
+    return norms
 
 
 def is_lora(keys: Iterable[str]) -> bool:

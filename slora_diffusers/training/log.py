@@ -1,5 +1,7 @@
 """What a run writes down while it trains: numbers in metrics.jsonl, pictures in a folder, both to the trackers.
 
+`index.html` shows them.
+
 A run is worth more than its log: a tracker that fails, or a disk that takes no picture, is a warning, given once.
 """
 
@@ -9,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +19,12 @@ from accelerate.logging import get_logger
 from PIL import Image
 
 from .options import BaseOptions
+from .page import METRICS, PAGE, Page
 from .parsing import specs_of
 from .place import Place
 
 logger: Any = get_logger(__name__)
-METRICS, ABANDONED = "metrics.jsonl", "abandoned-metrics.jsonl"
+ABANDONED = "abandoned-metrics.jsonl"
 
 # What each tracker calls a run's name; TensorBoard's is a folder, see `Place`.
 _RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
@@ -28,7 +32,7 @@ _RUN_NAMES |= {"clearml": "task_name"}
 
 
 class Log:
-    """Numbers and pictures of a run; `pictured` are the steps that have a picture.
+    """Numbers and pictures of a run.
 
     Args:
         place: The processes; the main one writes.
@@ -38,7 +42,9 @@ class Log:
     def __init__(self, place: Place, options: BaseOptions) -> None:
         self._accelerator, self.folder = place.accelerator, place.output_dir
         self._failed: set[str] = set()
-        self.pictured: set[int] = set()
+        self._pictured: set[int] = set()  # steps that have a picture of this run
+        self._began = -1  # the step that it goes on from
+        self._page = Page(self.folder, self._all_pictures)
         if options.report_to:
             specs = specs_of(options)
             settings = {name: str(getattr(options, name)) for name in specs if not specs[name][0].secret}
@@ -52,6 +58,8 @@ class Log:
             return
         with self._only_warned(METRICS), open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        with self._only_warned(PAGE):
+            self._page.refresh()
         self._to_trackers(lambda tracker: tracker.log(dict(values), step=step))
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
@@ -62,7 +70,7 @@ class Log:
         with self._only_warned("the folder of pictures"):
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{name}-{step:06d}.png")
-            self.pictured.add(step)
+            self._pictured.add(step)
 
         def send(tracker: Any) -> None:
             if tracker.name == "tensorboard":
@@ -72,14 +80,29 @@ class Log:
 
         self._to_trackers(send)
 
+    def pictures(self, name: str) -> dict[int, Path]:
+        """{step: picture} of this run so far, with those of before it was resumed."""
+        return self._all_pictures().get(name, {})
+
+    def introduce(self, lines: Mapping[str, str]) -> None:
+        """Put what is said of the run at its start on its page."""
+        self._page.about = dict(lines)
+
     def end(self) -> None:
-        """Tell the trackers that the run is over."""
+        """Tell the trackers that the run is over, and write its last page."""
+        self.last_page()
         with self._only_warned("the trackers' end"):
             self._accelerator.end_training()
 
+    def last_page(self) -> None:
+        """Write the page of a run that takes no further step, however it ended."""
+        if self._accelerator.is_main_process:
+            with self._only_warned(PAGE):
+                self._page.write(ended=True)
+
     def set_aside_after(self, step: int) -> None:
         """Move measurements of later steps, and lines that are cut off, to another file: this run writes its own."""
-        path = self.folder / METRICS
+        path, self._began = self.folder / METRICS, step or -1
         if not path.exists():
             return
         kept, later = [], []
@@ -94,6 +117,14 @@ class Log:
         half.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(half, path)
         logger.warning("%d measurements of another run, or cut off, are moved to %s", len(later), ABANDONED)
+
+    def _all_pictures(self) -> dict[str, dict[int, Path]]:
+        found: dict[str, dict[int, Path]] = {}
+        for path in sorted((self.folder / "validation").glob("*-*.png")):
+            name, _, step = path.stem.rpartition("-")
+            if step.isdecimal() and (int(step) in self._pictured or int(step) <= self._began):
+                found.setdefault(name, {})[int(step)] = path
+        return found
 
     def _to_trackers(self, send: Callable[[Any], None]) -> None:
         for tracker in self._accelerator.trackers:

@@ -74,7 +74,6 @@ class Run:
         self.done = 0
         if options.resume_from_checkpoint:
             self._resume(checkpoint.find_checkpoint(self.output_dir, options.resume_from_checkpoint))
-        self._began = self.done or -1
         if place.is_main:
             for abandoned in checkpoint.set_aside_after(self.output_dir, self.done):
                 logger.warning("a later checkpoint, of another run, is set aside: %s", abandoned)
@@ -131,6 +130,7 @@ class Run:
             "precision": f"{options.mixed_precision}, seed {options.seed}, on {self.place.device}",
             "written to": str(self.output_dir),
         }
+        self._log.introduce(lines)
         width = max(map(len, lines))
         for name, line in lines.items():
             logger.info("%s  %s", name.ljust(width), line)
@@ -149,8 +149,7 @@ class Run:
 
     def pictures(self, name: str) -> dict[int, Path]:
         """{step: picture} of this run so far, with those of before it was resumed."""
-        found = {int(p.stem.rpartition("-")[2]): p for p in (self.output_dir / "validation").glob(f"{name}-*.png")}
-        return {step: path for step, path in sorted(found.items()) if step in self._log.pictured or step <= self._began}
+        return self._log.pictures(name)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this step, with the adapter as it would be saved; every process calls."""
@@ -185,6 +184,7 @@ class Run:
             alone = self.place.is_main and not self.place.deepspeed and not self.optimization.sharded
             if alone and not isinstance(error, GeneratorExit) and (self.done > start or self.optimization.moving):
                 self._rescue(error)
+            self._log.last_page()
             raise
 
     def _rescue(self, error: BaseException) -> None:
