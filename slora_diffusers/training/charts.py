@@ -40,22 +40,23 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def line_chart(curves: Curves, label: str, smooth: bool = False) -> str:
+def line_chart(curves: Curves, label: str, smooth: bool = False, shown: Sequence[float] = ()) -> str:
     """Curves over the steps, one colour each, with a legend where there are several.
 
     Args:
         curves: {name: its points (x, y)}; a y that is not finite is a gap.
         label: What the chart shows, for those who cannot see it.
         smooth: Draw the moving average over the points themselves, which are then faint.
+        shown: Further values that the y axis has to reach, such as 0.
     """
     finite = [(x, y) for points in curves.values() for x, y in points if math.isfinite(y)]
     if not finite:
         return "<p>no finite number yet</p>"
-    plot = _Plot([x for x, _ in finite], [y for _, y in finite])
+    plot = _Plot([x for x, _ in finite], [*shown, *(y for _, y in finite)])
     parts = []
     for number, points in enumerate(curves.values()):
-        colour, shown = f"c{number % 6}", thinned(points)
-        parts.append(plot.line(shown, f"{colour} faint" if smooth else colour))
+        colour = f"c{number % 6}"
+        parts.append(plot.line(thinned(points), f"{colour} faint" if smooth else colour))
         if smooth:
             parts.append(plot.line(thinned(smoothed(points)), colour))
         elif len(points) <= 40:

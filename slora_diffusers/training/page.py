@@ -41,13 +41,13 @@ Pictures = Mapping[str, Mapping[int, Path]]
 """{name: {step: picture}}."""
 Norms = dict[str, dict[str, float]]
 
-# Of every step, in the order of the page: what it is called, its title, and what divides it.
-_OF_STEPS = {
-    "loss": ("Loss", 1.0),
-    "lr": ("Learning rate", 1.0),
-    "grad_norm": ("Norm of the gradient", 1.0),
-    "seconds": ("Seconds of a step", 1.0),
-    "memory": ("Peak memory, GiB", _GIB),
+# Of every step, in the order of the page: what it is called, its title, what divides it, and what its axis must reach.
+_OF_STEPS: dict[str, tuple[str, float, tuple[float, ...]]] = {
+    "loss": ("Loss", 1.0, ()),
+    "lr": ("Learning rate", 1.0, (0.0,)),
+    "grad_norm": ("Norm of the gradient", 1.0, ()),
+    "seconds": ("Seconds of a step", 1.0, (0.0,)),
+    "memory": ("Peak memory, GiB", _GIB, (0.0,)),
 }
 
 
@@ -187,11 +187,11 @@ def _charts(curves: Mapping[str, list[Point]]) -> str:
     for name in [*order, *(name for name in _OF_STEPS if name != "loss")]:
         if name not in grouped:
             continue
-        title, unit = _OF_STEPS.get(name, (name.strip("/").replace("_", " ").capitalize(), 1.0))
+        title, unit, axis = _OF_STEPS.get(name, (name.strip("/").replace("_", " ").capitalize(), 1.0, ()))
         lines = {key: [(x, y / unit) for x, y in points] for key, points in grouped[name].items()}
         title = {"loss/": "Loss by timestep"}.get(name, title)
         smooth = name in ("loss", "loss/", "grad_norm") and max(map(len, lines.values())) > 40
-        parts.append(_figure(f"{title}{_numbers(lines)}", line_chart(lines, title, smooth)))
+        parts.append(_figure(f"{title}{_numbers(lines)}", line_chart(lines, title, smooth, axis)))
     return f'<div class="charts">{"".join(parts)}</div>' if parts else "<p>No step has been taken yet.</p>"
 
 
