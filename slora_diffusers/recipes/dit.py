@@ -26,15 +26,15 @@ from ..training.data.batches import Batch
 from ..training.data.cache import vae_factor
 from ..training.data.folders import find_classes
 from ..training.data.images import Item, from_tensors
+from ..training.data.loss_masks import masked
 from ..training.data.order import bucket_shapes
-from ..training.diffusion.concepts import MaskOptions, masked
 from ..training.diffusion.denoising import Denoising
 from ..training.diffusion.objectives import objective_for
 from ..training.diffusion.samples import Samples, evenly_spread
 from ..training.diffusion.validation import sample_generators
 from ..training.fit import Validation, fit
 from ..training.methods import attach
-from ..training.options import COUNT, SHARE, CommonOptions, parse
+from ..training.options import COUNT, SHARE, CommonOptions, MaskOptions, parse
 from ..training.parsing import FREE, option
 from ..training.place import Place
 from ..training.precision import load_pipeline

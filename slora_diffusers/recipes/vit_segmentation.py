@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from ..heads.segmentation import IGNORE_INDEX, SEGMENTATION_HEADS, SerialLoraFor
 from ..training.data.batches import Batch
 from ..training.data.images import Item
 from ..training.data.labelled import Fetch, Mask, hold_out
+from ..training.data.loss_masks import masked
 from ..training.data.masks import LabelMap, class_names, mask_dataset, mask_folder, read_label_map
 from ..training.fit import Best
-from ..training.options import ANY, COUNT, NOT_NEGATIVE
+from ..training.options import ANY, COUNT, NOT_NEGATIVE, MaskOptions
 from ..training.parsing import option
 from ..training.place import Place
 from ..training.vision.recipe import VisionOptions, open_for_training, parse_options, train_with_head
@@ -36,7 +38,7 @@ Masks = dict[str, Callable[[], Mask]]
 
 
 @dataclass(frozen=True)
-class Options(VisionOptions):
+class Options(VisionOptions, MaskOptions):
     """Images, masks, and the head."""
 
     mask_column: str = option("mask", "Column of the masks, as images.")
@@ -58,9 +60,15 @@ def find_items(options: Options, label_map: LabelMap) -> tuple[list[Item], Masks
         raise SerialLoraError("--validation_split is one of --dataset_name; with a folder, --validation_data_dir.")
     dataset, columns = options.dataset_name or "", (options.image_column, options.mask_column)
     if options.train_data_dir is not None:
-        items, masks = mask_folder(options.train_data_dir, label_map)
+        folder = Path(options.train_data_dir)
+        if options.mask_data_dir is not None and Path(options.mask_data_dir).resolve() == (folder / "masks").resolve():
+            raise SerialLoraError("--mask_data_dir is for masks of the loss, and these are the classes of the pixels.")
+        items, masks = mask_folder(folder, label_map)
+        items = masked(items, folder / "images", options)
     else:
-        items, masks = mask_dataset(dataset, options.dataset_split, *columns, label_map)
+        if options.mask_data_dir is not None or options.alpha_mask:
+            raise SerialLoraError("--mask_data_dir and --alpha_mask go with --train_data_dir.")
+        items, masks = mask_dataset(dataset, options.dataset_split, *columns, label_map, options.weight_column)
     if options.validation_data_dir is not None:
         return items, masks, *mask_folder(options.validation_data_dir, label_map)
     if options.validation_split is not None:
@@ -109,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         targets[batch.weights == 0] = IGNORE_INDEX
         with place.autocast():
             logits = called(pixels.to(place.device, place.weight_dtype)).logits
-        return batch.weights.max().item() * segmentation_loss(logits.float(), targets, weights, options.dice_weight)
+        shares = (None if batch.masks is None else batch.masks[:, 0].to(place.device), batch.weights.to(place.device))
+        return segmentation_loss(logits.float(), targets, weights, options.dice_weight, *shares)
 
     def evaluate() -> dict[str, float]:
         overlap = Overlap.of(confusion_of(model, unseen, unseen_masks, prepare, place))

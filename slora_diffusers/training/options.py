@@ -111,6 +111,17 @@ class ImageOptions:
 
 
 @dataclass(frozen=True)
+class MaskOptions:
+    """Masks of the loss."""
+
+    mask_data_dir: str | None = option(
+        None, "Folder of masks, named as the images: the loss counts where they are white."
+    )
+    alpha_mask: bool = option(False, "Take the images' alpha channels for such masks.")
+    unmasked_weight: float = option(0.0, "Weight of what a mask leaves out.", within=SHARE)
+
+
+@dataclass(frozen=True)
 class LatentOptions(ImageOptions):
     """Images and their latents."""
 

@@ -50,6 +50,9 @@ class Row:
     weight: float
 
 
+_PLAIN = Row(None, 1.0)
+
+
 def find_images(
     folder: str | Path, prompt: str | None = None, style: CaptionStyle | None = None, without: Sequence[Path] = ()
 ) -> Found:
@@ -90,12 +93,16 @@ def find_images(
 def uncaptioned(folder: str | Path, without: Sequence[Path] = ()) -> Found:
     """The images of a folder and of the folders in it, with empty captions; those alone that metadata name, if any do.
 
+    The weights of metadata hold.
+
     Raises:
         SerialLoraError: If the folder is missing or holds no usable image, or metadata are damaged.
     """
     folder = _folder(folder)
     files = _files(folder, without)
-    return _usable(folder, files, _all_metadata(files), without)
+    metadata = _all_metadata(files)
+    found = _usable(folder, files, metadata, without)
+    return Found([replace(i, weight=metadata.get(folder / i.name, _PLAIN).weight) for i in found.items], found.skipped)
 
 
 def find_classes(folder: str | Path, ids: Callable[[str], int | None], without: Sequence[Path] = ()) -> Found:
@@ -127,7 +134,7 @@ def find_classes(folder: str | Path, ids: Callable[[str], int | None], without: 
     for item in found.items:
         label = ids(item.name.partition("/")[0])
         assert label is not None  # as seen above
-        items.append(replace(item, label=label, weight=metadata.get(folder / item.name, Row(None, 1.0)).weight))
+        items.append(replace(item, label=label, weight=metadata.get(folder / item.name, _PLAIN).weight))
     return Found(items, skipped + found.skipped)
 
 
@@ -154,7 +161,7 @@ def from_dataset(
         if column not in dataset.column_names:
             raise SerialLoraError(f"the data set has no column {column!r}; it has {', '.join(dataset.column_names)}.")
     captions = dataset[caption_column] if caption_column in dataset.column_names else None
-    weights = dataset[weight_column] if weight_column else None
+    weights = weights_of(dataset, weight_column)
     items, skipped = [], []
     for row in range(len(dataset)):
         read = partial(read_row, dataset, row, image_column)
@@ -168,11 +175,23 @@ def from_dataset(
         if not texts or not all(isinstance(text, str) for text in texts):
             raise SerialLoraError(f"row {row} of the data set has no caption in {caption_column!r}; give a prompt.")
         caption, variants = (style or CaptionStyle()).forms(texts)
-        weight = 1.0 if weights is None else _weight(weights[row], f"row {row} of the data set")
-        items.append(Item(f"row {row}", read, (image.height, image.width), caption, variants=variants, weight=weight))
+        items.append(
+            Item(f"row {row}", read, (image.height, image.width), caption, variants=variants, weight=weights[row])
+        )
     if not items:
         raise SerialLoraError(f"the data set holds no usable image: {_list(skipped) or 'it is empty'}.")
     return Found(items, skipped)
+
+
+def weights_of(dataset: Any, column: str | None) -> list[float]:
+    """The weights of a data set's rows.
+
+    Raises:
+        SerialLoraError: If one is not a weight.
+    """
+    if column is None:
+        return [1.0] * len(dataset)
+    return [_weight(value, f"row {row} of the data set") for row, value in enumerate(dataset[column])]
 
 
 def _folder(folder: str | Path) -> Path:

@@ -18,7 +18,7 @@ from ...errors import SerialLoraError
 from ...heads.preprocessing import Preprocessing
 from ..randomness import generator
 from .few_shot import k_shot
-from .folders import find_classes
+from .folders import find_classes, weights_of
 from .images import Item, read_row
 
 Mask = np.ndarray  # (H, W) uint8: class of each pixel
@@ -66,7 +66,12 @@ def open_dataset(name: str, split: str, *columns: str, config: str | None = None
 
 
 def hub_dataset(
-    name: str, split: str, image_column: str, label_column: str, names: Sequence[str] | None = None
+    name: str,
+    split: str,
+    image_column: str,
+    label_column: str,
+    names: Sequence[str] | None = None,
+    weight_column: str | None = None,
 ) -> tuple[list[Item], list[str]]:
     """The rows of a data set, and the names of the classes: a ClassLabel's own, else the sorted values.
 
@@ -76,11 +81,12 @@ def hub_dataset(
         image_column: Its column of images.
         label_column: Its column of classes.
         names: The classes of another split, whose indices these rows are to have.
+        weight_column: Its column of weights, if it has one.
 
     Raises:
         SerialLoraError: If the data set cannot be opened, or a row has no class, or one that is not in `names`.
     """
-    opened = open_dataset(name, split, image_column, label_column)
+    opened = open_dataset(name, split, image_column, label_column, *([weight_column] if weight_column else ()))
     values = opened[label_column]
     own = getattr(opened.features[label_column], "names", None)
     if none := [row for row, value in enumerate(values) if value is None or (own and not 0 <= value < len(own))]:
@@ -94,8 +100,8 @@ def hub_dataset(
         raise SerialLoraError(f"row {row} of the data set has the class {called[row]!r}; known: {', '.join(known)}.")
     read = [partial(read_row, opened, row, image_column) for row in range(len(opened))]
     return [
-        Item(f"row {i}", r, (0, 0), "", known.index(label))
-        for i, (r, label) in enumerate(zip(read, called, strict=True))
+        Item(f"row {i}", r, (0, 0), "", known.index(label), weight=weight)
+        for i, (r, label, weight) in enumerate(zip(read, called, weights_of(opened, weight_column), strict=True))
     ], known
 
 
@@ -146,8 +152,7 @@ class Fetch:
         """Pixel values (3, H, W), or with a mask (4, H, W)."""
         image = item.read()
         mask = Image.fromarray(self.masks[item.name]()) if self.masks else None
-        box = random_box(image.size, self.smallest, draw)
-        mirrored = self.flip and bool(torch.rand(1, generator=draw) < 0.5)
+        box, mirrored = self._part(image.size, draw)
         image = image.crop(box)
         pixels = replace(self.prepare, size=shape)(ImageOps.mirror(image) if mirrored else image)  # (3, H, W)
         if mask is None:
@@ -157,8 +162,18 @@ class Fetch:
         return torch.cat([pixels, torch.from_numpy(np.array(part)).float()[None]])  # (4, H, W)
 
     def mask(self, item: Item, shape: tuple[int, int], draw: torch.Generator) -> Tensor:
-        """Masks of the loss are of images without a class."""
-        raise SerialLoraError(f"{item.name} has a mask for the loss, which images with a class do not take.")
+        """What the pixels weigh, (1, H, W), of the same part, mirrored alike, as with the same draws."""
+        if item.mask is None:
+            return torch.ones(1, *shape)
+        mask = item.mask()
+        box, mirrored = self._part(mask.size, draw)
+        part = mask.resize((shape[1], shape[0]), Image.Resampling.BILINEAR, box)
+        grey = torch.from_numpy(np.array(ImageOps.mirror(part) if mirrored else part))[None].float() / 255
+        return item.floor + (1 - item.floor) * grey
+
+    def _part(self, size: tuple[int, int], draw: torch.Generator) -> tuple[tuple[int, int, int, int], bool]:
+        """The part of an image of a width and height that is taken, and whether it is mirrored."""
+        return random_box(size, self.smallest, draw), self.flip and bool(torch.rand(1, generator=draw) < 0.5)
 
 
 def random_box(size: tuple[int, int], smallest: float, draw: torch.Generator) -> tuple[int, int, int, int]:

@@ -9,12 +9,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
 from ...errors import SerialLoraError
 from .images import Item, opened, whole
 from .masks import paired
+
+if TYPE_CHECKING:
+    from ..options import MaskOptions
+
+
+def masked(items: list[Item], folder: str | Path, options: MaskOptions) -> list[Item]:
+    """The images of a folder with the masks that the options ask for.
+
+    Raises:
+        SerialLoraError: If two kinds are asked for, or an image has no mask, or one that is not its own.
+    """
+    if options.mask_data_dir is not None and options.alpha_mask:
+        raise SerialLoraError("give one of --mask_data_dir and --alpha_mask.")
+    if options.mask_data_dir is not None:
+        return with_mask_files(items, options.mask_data_dir, options.unmasked_weight)
+    return with_alpha(items, folder, options.unmasked_weight) if options.alpha_mask else items
 
 
 def with_mask_files(items: Sequence[Item], folder: str | Path, floor: float) -> list[Item]:

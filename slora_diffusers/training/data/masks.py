@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from ...errors import SerialLoraError
 from ...heads.segmentation import IGNORE_INDEX
-from .folders import uncaptioned
+from .folders import uncaptioned, weights_of
 from .images import SUFFIXES, Item, opened, read_row, whole
 from .labelled import Mask, open_dataset
 
@@ -88,21 +88,22 @@ def paired(items: Sequence[Item], folder: Path) -> dict[str, Path]:
 
 
 def mask_dataset(
-    name: str, split: str, image_column: str, mask_column: str, label_map: LabelMap
+    name: str, split: str, image_column: str, mask_column: str, label_map: LabelMap, weight_column: str | None = None
 ) -> tuple[list[Item], dict[str, Callable[[], Mask]]]:
     """The same from a data set of the `datasets` library, with a column of images and one of masks as images.
 
     Raises:
         SerialLoraError: As for a folder, or if there is no such data set, split or column.
     """
-    opened = open_dataset(name, split, image_column, mask_column)
+    opened = open_dataset(name, split, image_column, mask_column, *([weight_column] if weight_column else ()))
 
     def read(row: int) -> Mask:
         return mask_of(opened[row][mask_column], label_map, f"the mask of row {row}")
 
     images = [partial(read_row, opened, row, image_column) for row in range(len(opened))]
     sizes = [image().size for image in images]
-    items = [Item(f"row {i}", images[i], (height, width)) for i, (width, height) in enumerate(sizes)]
+    weights = weights_of(opened, weight_column)
+    items = [Item(f"row {i}", images[i], (h, w), weight=weights[i]) for i, (w, h) in enumerate(sizes)]
     readers = {item.name: partial(read, row) for row, item in enumerate(items)}
     return _checked(items, readers), readers
 

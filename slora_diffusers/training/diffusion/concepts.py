@@ -12,23 +12,12 @@ from ..data.captions import MULTILINE, CaptionStyle
 from ..data.folders import find_images, from_dataset
 from ..data.images import Item
 from ..data.labelled import open_dataset
-from ..data.loss_masks import with_alpha, with_mask_files
-from ..options import COUNT, NOT_NEGATIVE, SHARE
+from ..data.loss_masks import masked
+from ..options import COUNT, NOT_NEGATIVE, MaskOptions
 from ..parsing import option, specs_of, values_of
 
 SHORT = {"folder": "instance_data_dir", "caption": "instance_prompt", "weight": "loss_weight"}  # in the YAML file
 NOT_EACH = ("dataset_config",)
-
-
-@dataclass(frozen=True)
-class MaskOptions:
-    """Masks of the loss."""
-
-    mask_data_dir: str | None = option(
-        None, "Folder of masks, named as the images: the loss counts where they are white."
-    )
-    alpha_mask: bool = option(False, "Take the images' alpha channels for such masks.")
-    unmasked_weight: float = option(0.0, "Weight of what a mask leaves out.", within=SHARE)
 
 
 @dataclass(frozen=True)
@@ -112,16 +101,3 @@ def find_concept(options: ConceptOptions, number: int, seed: int, without: list[
         items = from_dataset(dataset, *columns, style, options.weight_column).report().items
     more = {"repeats": options.repeats, "concept": number}
     return [replace(item, weight=item.weight * options.loss_weight, **more) for item in items]
-
-
-def masked(items: list[Item], folder: str, options: MaskOptions) -> list[Item]:
-    """The images of a folder with the masks that the options ask for.
-
-    Raises:
-        SerialLoraError: If two kinds are asked for, or an image has no mask, or one that is not its own.
-    """
-    if options.mask_data_dir is not None and options.alpha_mask:
-        raise SerialLoraError("give one of --mask_data_dir and --alpha_mask.")
-    if options.mask_data_dir is not None:
-        return with_mask_files(items, options.mask_data_dir, options.unmasked_weight)
-    return with_alpha(items, folder, options.unmasked_weight) if options.alpha_mask else items

@@ -51,7 +51,8 @@ def find_items(options: ClassOptions) -> tuple[list[Item], list[Item], list[str]
     if options.train_data_dir is not None:
         items, names = image_folder(options.train_data_dir)
     else:
-        items, names = hub_dataset(options.dataset_name or "", options.dataset_split, *columns)
+        source = (options.dataset_name or "", options.dataset_split, *columns)
+        items, names = hub_dataset(*source, weight_column=options.weight_column)
     if options.validation_data_dir is not None:
         unseen, _ = image_folder(options.validation_data_dir, names)
     elif options.validation_split is not None:

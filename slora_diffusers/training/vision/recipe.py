@@ -62,6 +62,7 @@ class VisionOptions(ImageOptions, BaseOptions):
     dataset_split: str = option("train", "Split of it to train on.")
     validation_split: str | None = option(None, "Split of it to validate on.")
     image_column: str = option("image", "Column of the images.")
+    weight_column: str | None = option(None, "Column of the weights of the images' loss, if there is one.")
     validation_fraction: float = option(
         0.2, "Share of the images to hold out where no validation data are given.", within="(0, 1)"
     )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...heads.losses import IGNORE_INDEX, pixel_cross_entropy
+from ...heads.losses import IGNORE_INDEX
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
@@ -48,7 +48,10 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
     return 100 * (best == labels[:, None]).any(1).float().mean().item()
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, dice: float = 0.0) -> Tensor:
+def segmentation_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None, dice: float = 0.0, masks: Tensor | None = None,
+    images: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Cross-entropy, plus `dice` times one minus the mean soft Dice of the classes that are there.
 
     Args:
@@ -56,17 +59,25 @@ def segmentation_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = N
         labels: (B, H, W); 255 counts for nothing.
         weights: Weight of each class in the cross-entropy, (classes,).
         dice: Weight of the Dice term.
+        masks: What each pixel weighs in both means, (B, H, W); all the same by default.
+        images: What the loss of each image is multiplied by, (B,); 1 by default.
     """
-    loss = pixel_cross_entropy(logits, labels, weights)
+    labels, counted = labels.long(), labels != IGNORE_INDEX
+    m = counted.float() if masks is None else counted * masks  # (B, H, W)
+    w = m if images is None else m * images[:, None, None]
+    each = m if weights is None else m * weights[labels.where(counted, 0)]
+    entropy = F.cross_entropy(logits, labels, weights, ignore_index=IGNORE_INDEX, reduction="none")  # (B, H, W)
+    tiny = torch.finfo(torch.float32).tiny  # where nothing counts the loss is 0
+    loss = (w * entropy).sum() / each.sum().clamp_min(tiny)
     if not dice:
         return loss
-    counted = (labels != IGNORE_INDEX)[:, None]  # (B, 1, H, W)
-    p = logits.softmax(1) * counted
-    t = F.one_hot(labels.where(counted[:, 0], 0), logits.shape[1]).movedim(-1, 1) * counted
-    axes = (0, 2, 3)
-    overlap = 2 * (p * t).sum(axes) / (p.sum(axes) + t.sum(axes)).clamp_min(1e-8)  # (classes,)
-    there = t.sum(axes) > 0
-    return loss + dice * ((1 - overlap) * there).sum() / there.sum().clamp_min(1)
+    p = logits.softmax(1)
+    t = F.one_hot(labels.where(counted, 0), logits.shape[1]).movedim(-1, 1)
+    w, axes = w[:, None], (0, 2, 3)
+    overlap = 2 * (w * p * t).sum(axes) / (w * (p + t)).sum(axes).clamp_min(1e-8)  # (classes,)
+    there = (w * t).sum(axes) > 0
+    scale = w.sum() / m.sum().clamp_min(tiny)
+    return loss + dice * scale * ((1 - overlap) * there).sum() / there.sum().clamp_min(1)
 
 
 def class_weights(confusion_rows: Tensor) -> Tensor:
