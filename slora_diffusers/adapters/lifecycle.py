@@ -29,6 +29,7 @@ from ..core.state import (
     parameters_of,
     registry_of,
 )
+from ..core.tensors import check_dtype
 from ..errors import AdapterStateError
 from .attach import (
     activate,
@@ -222,6 +223,7 @@ def reserve_serial_lora(
     """
     if len(capacity) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in capacity):
         raise AdapterStateError(f"capacity must be (max_rank, max_adapters), both at least 1; got {capacity!r}.")
+    check_dtype(dtype)
     models = denoisers_of(model)
     room = {component: _room(one, capacity, inputs, dtype) for component, one in models.items()}
     with changing(*models.values()):

@@ -18,6 +18,7 @@ from ..core.layer import SerialLoraPair
 from ..core.offload import Storage
 from ..core.sites import Slot, find_slots, unwrap
 from ..core.state import Weights, names_with_weights, pairs_of, registry_of, weight_at
+from ..core.tensors import check_dtype
 from ..errors import AdapterStateError, SerialLoraError
 from ..files.fingerprint import describe_base
 from ..files.format import library_version
@@ -92,6 +93,7 @@ def export_lora(
             quantized or offloaded; nothing is written then.
     """
     check_rank(rank)
+    check_dtype(dtype)
     check_folder(save_directory, "save_directory")
     models, pipeline = adapted(model_or_pipe, required=False), model_or_pipe if is_pipeline(model_or_pipe) else None
     chosen = _chosen(model_or_pipe, models, adapter_names, weights)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..errors import SerialLoraError
+
+_SHORT = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
 def is_plain(W: Tensor) -> bool:
@@ -29,3 +35,14 @@ def is_finite(tensor: Tensor) -> bool:
         tensor = tensor.float()
     # Either one makes the sum such, in a fraction of the time; a sum that overflows by itself takes the closer look.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise SerialLoraError unless this is a dtype of floats, or None."""
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return
+    name = str(dtype).removeprefix("torch.")
+    meant = getattr(torch, _SHORT.get(name, name), None)
+    known = isinstance(meant, torch.dtype) and meant.is_floating_point
+    remedy = f"write {meant}" if known else "write torch.bfloat16, torch.float16 or torch.float32"
+    raise SerialLoraError(f"dtype must be one of torch's dtypes of floats, or None; got {dtype!r}: {remedy}.")

@@ -9,6 +9,7 @@ import base64
 import binascii
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..config import SerialLoraConfig
 from ..core.names import split_matrix
+from ..core.tensors import check_dtype
 from ..errors import AdapterFileError, SerialLoraError
 from .storage import (
     HEADER,
@@ -36,6 +38,7 @@ from .storage import (
 FORMAT_VERSION = 1
 _FIELDS = {"format_version", "library_version", "components", "head"}
 _HEAD = "head"
+_LORA = re.compile(r"lora|hada_|lokr_|oft_")  # in the keys of every kind that trainers write
 _HEAD_FIELDS = ("task", "settings", "label_names", "preprocessing", "base")
 
 
@@ -196,6 +199,7 @@ class AdapterFile:
         """The adapter in a state dict with its header; raises AdapterFileError if the header is damaged."""
         header = state.metadata
         _check_version(header, where)
+        _check_serial(state, where)
         entries = _mapping(header.get("components", {}), f"{where}: components", "must map a component's name to its")
         if unknown := sorted(set(header) - _FIELDS):
             warnings.warn(f"{where} has header fields that are unknown here and are ignored: {unknown}.", stacklevel=4)
@@ -247,6 +251,7 @@ class AdapterFile:
         Raises:
             AdapterFileError: If the folder is a file, or a tensor is not finite; an earlier file is left as it was.
         """
+        check_dtype(dtype)
         folder = Path(save_directory)
         if folder.is_file():
             raise AdapterFileError(f"save_directory must be a folder, but {folder} is a file.")
@@ -295,6 +300,16 @@ def _check_version(header: Any, where: str) -> None:
         raise AdapterFileError(
             f"{where} has format version {repr(found)[:40]}; this slora_diffusers reads version {FORMAT_VERSION}. "
             "Install the version that wrote it, or a newer one."
+        )
+
+
+def _check_serial(keys: Iterable[str], where: str) -> None:
+    """Refuse an ordinary LoRA, of whichever trainer."""
+    keys = list(map(str, keys))
+    if not any(".serial_lora." in key for key in keys) and any(map(_LORA.search, keys)):
+        raise AdapterFileError(
+            f"{where} is an ordinary LoRA, not a Serial LoRA: load it with pipe.load_lora_weights() or PEFT, or make "
+            "it a Serial LoRA with compress_lora() or `slora compress`."
         )
 
 

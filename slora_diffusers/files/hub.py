@@ -157,21 +157,34 @@ def publish(
         create_pr: Whether to open a pull request instead of committing.
         commit_message: Its message.
         also: Patterns of further files in the folder.
+
+    Raises:
+        SerialLoraError: If it cannot be uploaded; the file stays as it was saved.
     """
     from huggingface_hub import upload_folder
 
     file = Path(file)
-    repo_id = _repository(file.parent if repository is True else str(repository), token, private)
-    write_model_card(file, repo_id, base_model=base_model, prompt=prompt, tags=tags)
-    commit = upload_folder(
-        repo_id=repo_id,
-        folder_path=file.parent,
-        allow_patterns=[file.name, "README.md", *IMAGES, *also],
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-    )
+    name = file.parent if repository is True else str(repository)
+    try:
+        repo_id = _repository(name, token, private)
+        write_model_card(file, repo_id, base_model=base_model, prompt=prompt, tags=tags)
+        commit = upload_folder(
+            repo_id=repo_id,
+            folder_path=file.parent,
+            allow_patterns=[file.name, "README.md", *IMAGES, *also],
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+    except SerialLoraError as error:
+        raise SerialLoraError(f"{file} is saved, but not uploaded: {error}") from error
+    except Exception as error:  # it raises of many kinds, its HTTP library's too
+        raise SerialLoraError(
+            f"{file} is saved, but not uploaded to {_name_on_hub(name)} ({type(error).__name__}: {error}). Once the "
+            "Hub can be reached and `hf auth login` is done, upload its folder: "
+            f"hf upload {_name_on_hub(name)} {file.parent}"
+        ) from error
     return str(commit.commit_url)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ from ..core.tensors import is_finite
 from ..errors import AdapterFileError
 
 WEIGHT_NAME = "serial_lora_weights.safetensors"
+LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""What diffusers and PEFT call the file of a LoRA."""
+
 HEADER = "serial_lora"
 """Field of a safetensors header that holds an adapter's JSON."""
 
 _MOST_JSON = 2**24  # characters of a header's JSON; of a large model's adapter it has some hundred thousand
 _DEEPEST = 16
+_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?(?<!\.safetensors)")
 _HUB_ARGUMENTS = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 
@@ -89,11 +95,14 @@ def find_file(source: str | os.PathLike[str], **hub: Any) -> Path:
         if (path / name).is_file():
             return path / name
         there = sorted(p.name for p in path.glob("*.safetensors"))
-        loras = "; LoRA weights load with load_lora_weights" if "pytorch_lora_weights.safetensors" in there else ""
-        raise AdapterFileError(
-            f"There is no {name} in {path}; its safetensors files are {there}. "
-            f"Name the file with weight_name=...{loras}"
-        )
+        lora = next((p for known in LORA_NAMES for p in (*path.glob(known), *path.glob(f"*/{known}"))), None)
+        remedy = "Name the file with weight_name=..."
+        if lora is not None and name == WEIGHT_NAME:
+            remedy = (
+                f"{lora} is an ordinary LoRA: load it with load_lora_weights() or PEFT, or make it a Serial LoRA with "
+                "compress_lora() or `slora compress`."
+            )
+        raise AdapterFileError(f"There is no {name} in {path}; its safetensors files are {there}. {remedy}")
     return _download(str(source), name, hub)
 
 
@@ -136,12 +145,48 @@ def _umask() -> int:
 
 def _download(repository: str, name: str, hub: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    nowhere = f"{repository!r} is neither a local file or folder, nor a Hub"
+    meant = _near(Path(repository))
+    if not _ID.fullmatch(repository):
+        raise AdapterFileError(f"{nowhere} id: check the path{meant}.")
     try:
         return Path(hf_hub_download(repository, name, library_name="slora_diffusers", **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError as error:
+        raise AdapterFileError(f"{nowhere} id: check the path{meant}.") from error
+    except GatedRepoError as error:
         raise AdapterFileError(
-            f"{repository!r} is neither a local file or folder, nor a Hub repository with {name} that can be reached: "
-            f"{error}"
+            f"The Hub's repository {repository!r} is gated: ask for access on its page, and do `hf auth login`."
         ) from error
+    except RepositoryNotFoundError as error:
+        raise AdapterFileError(
+            f"{nowhere} repository that you can see: check the name{meant}; a private one needs `hf auth login`."
+        ) from error
+    except EntryNotFoundError as error:
+        if isinstance(error, FileNotFoundError):  # of the cache: the Hub has not been reached
+            raise _unreached(nowhere, meant, name) from error
+        raise AdapterFileError(
+            f"The Hub's repository {repository!r} has no {name}: name its file with weight_name=..."
+        ) from error
+    except OSError as error:
+        raise _unreached(nowhere, meant, name) from error
+
+
+def _unreached(nowhere: str, meant: str, name: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{nowhere} repository whose {name} is in the cache or could be fetched now: check the path{meant}, or, for a "
+        "Hub id, the connection."
+    )
+
+
+def _near(path: Path) -> str:
+    """What is there and is called nearly like this, or like the first folder of it that is missing."""
+    while not path.parent.exists():
+        path = path.parent
+    try:
+        there = {one.name: one for one in path.parent.iterdir()}
+    except OSError:
+        return ""
+    close = get_close_matches(path.name, there, 1)
+    return f" (there is {str(there[close[0]])!r})" if close else ""
