@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,7 +19,15 @@ from typer.testing import CliRunner
 from slora_diffusers.cli import app
 from slora_diffusers.cli.train import OWN, split
 from slora_diffusers.errors import SerialLoraError
-from slora_diffusers.recipes.catalog import ACCELERATE_CONFIGS, FOLDER, example, load, training_recipes
+from slora_diffusers.recipes.catalog import (
+    ACCELERATE_CONFIGS,
+    CONFIGS,
+    FOLDER,
+    example,
+    load,
+    ready_configs,
+    training_recipes,
+)
 from slora_diffusers.training.parsing import parse, specs_of
 from tests.test_training_distributed import ENVIRONMENT, ROOT, WEIGHTS, base, flags, log, wait_until  # noqa: F401
 
@@ -64,6 +75,37 @@ def test_every_line_of_an_example_says_the_default_in_a_form_that_can_be_read(na
     assert parse(kind, "", ["--config", str(all_of_it)]) == parse(kind, "", ["--config", str(path)])
     secret = {key for key, (spec, _, _) in specs_of(kind).items() if spec.secret}
     assert set(yaml.safe_load(all_of_it.read_text())) == set(specs_of(kind)) - secret
+
+
+@pytest.mark.parametrize(("name", "recipe"), [(name, recipe) for name, (recipe, _) in ready_configs().items()])
+def test_ready_config_is_one_that_its_recipe_takes(name, recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    text = slora("train", recipe, "--config", name, "--example")
+    assert text == (CONFIGS / f"{name}.yaml").read_text()
+    given = yaml.safe_load(text)
+    options = parse(load(recipe).Options, "", ["--config", str(CONFIGS / f"{name}.yaml")])
+    for key, value in given.items():
+        taken = getattr(options, key)
+        assert taken in (value, [value]) or float(taken) == float(value), key
+    assert {"pretrained_model_name_or_path", "output_dir", "rank", "learning_rate", "max_train_steps"} <= set(given)
+    flags = shlex.split(re.findall(r"^# +slora train \S+ (.*)$", text, re.MULTILINE)[0])
+    assert flags[:2] == ["--config", name]
+    assert parse(load(recipe).Options, "", ["--config", str(CONFIGS / f"{name}.yaml"), *flags[2:]])
+    assert name in slora("train", "--list")
+
+
+@pytest.mark.parametrize("config", [["--config", "flux-dev"], ["--config=flux-dev"]])
+def test_ready_config_reaches_the_recipe_unless_a_file_has_its_name(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    launched = []
+    monkeypatch.setattr("slora_diffusers.cli.train.launch", lambda words: launched.append(words) or 0)
+    slora("train", "dreambooth-flux", *config, "--rank", "4")
+    assert str(CONFIGS / "flux-dev.yaml") in " ".join(launched[0]) and launched[0][-2:] == ["--rank", "4"]
+    Path("flux-dev").write_text("rank: 3")
+    slora("train", "dreambooth-flux", *config)
+    assert str(CONFIGS) not in " ".join(launched[1])
+    Path("flux-dev").unlink()
+    assert "slora train dreambooth-flux --config flux-dev" in slora("train", "dit", *config, code=1)
 
 
 def test_flags_of_both_belong_to_the_recipe():

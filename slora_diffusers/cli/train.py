@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,8 @@ def train(
 ) -> None:
     """Train with a recipe: RECIPE --config FILE, or its flags. RECIPE --example prints a commented config.
 
+    --list also shows the ready configs, one for each model: they go where a FILE does, and flags beside them win.
+
     Flags of `accelerate launch` (--num_processes 2, --config_file ddp.yaml, ...) are passed on to it; what
     `accelerate config` has written holds, too. RECIPE --help shows every option.
     """
@@ -38,11 +41,16 @@ def train(
         for recipe, summary in catalog.training_recipes().items():
             table.add_row(recipe, summary)
         OUT.print(table)
-        return
-    if "--example" in context.args:
-        sys.stdout.write(catalog.example(name))
+        ready = Table("\n--config", "\nof the recipe", "\n", box=None)
+        for config, (recipe, summary) in catalog.ready_configs().items():
+            ready.add_row(config, recipe, summary)
+        OUT.print(ready)
         return
     launcher, own = split(context.args)
+    config = _use_ready_config(own, name)
+    if "--example" in own:
+        sys.stdout.write(config.read_text(encoding="utf-8") if config else catalog.example(name))
+        return
     if "--help" in own:
         sys.argv[0] = f"slora train {name}"
         catalog.load(name).main(["--help"])
@@ -89,6 +97,21 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return launcher, own
 
 
+def _use_ready_config(own: list[str], recipe: str) -> Path | None:
+    """The ready config that --config names, where no file is called so; its path then stands in its place."""
+    from ..recipes.catalog import ready_config
+
+    for i, word in enumerate(own):
+        flag, equals, value = word.partition("=")
+        at = i if equals else i + 1
+        if flag == "--config" and at < len(own):
+            value = value if equals else own[at]
+            if not Path(value).exists() and (path := ready_config(value, recipe)) is not None:
+                own[at] = f"--config={path}" if equals else str(path)
+                return path
+    return None
+
+
 def launch(arguments: Sequence[str]) -> int:
     """Run accelerate's launcher; the exit code of the run.
 
@@ -132,7 +155,8 @@ COMMANDS: dict[Any, tuple[str, dict[str, Any]]] = {
         """slora train --list
         slora train dreambooth-sd3 --example > dog.yaml
         slora train dreambooth-sd3 --config dog.yaml
-        slora train dreambooth-sd3 --config dog.yaml --num_processes 2 --rank 8""",
+        slora train dreambooth-sd3 --config dog.yaml --num_processes 2 --rank 8
+        slora train dreambooth-flux --config flux-dev --instance_data_dir dog""",
         RAW,
     ),
     generate: ("slora generate --help", _WITHOUT_HELP),

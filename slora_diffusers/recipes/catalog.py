@@ -20,6 +20,7 @@ from ..training.parsing import make_parser, specs_of
 
 FOLDER = Path(__file__).parent
 ACCELERATE_CONFIGS = FOLDER / "accelerate_configs"
+CONFIGS = FOLDER / "configs"
 _PLAIN = re.compile(r"(?!(?:true|false|null|yes|no|on|off|~)$)[A-Za-z_./][\w./-]*", re.IGNORECASE)
 _LAUNCHED = "accelerate launch "
 
@@ -44,6 +45,28 @@ def load(name: str) -> ModuleType:
     if name.replace("_", "-") not in known:
         raise SerialLoraError(f"There is no recipe {name!r}; choose one of {', '.join(known)} (slora train --list).")
     return importlib.import_module(f".{name.replace('-', '_')}", __package__)
+
+
+def ready_configs() -> dict[str, tuple[str, str]]:
+    """{name: (the recipe that it is for, the model and what it learns)} of the configs in `configs/`."""
+    found = {}
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        first, _, command, *_ = path.read_text(encoding="utf-8").splitlines()
+        found[path.stem] = (command.split()[3], first.removeprefix("# ").rstrip("."))
+    return found
+
+
+def ready_config(name: str, recipe: str) -> Path | None:
+    """The file of a ready config; None if there is none of that name.
+
+    Raises:
+        SerialLoraError: If it is for another recipe.
+    """
+    if name not in (known := ready_configs()):
+        return None
+    if (meant := known[name][0]) != recipe.replace("_", "-"):
+        raise SerialLoraError(f"The config {name} is for another recipe: slora train {meant} --config {name}")
+    return CONFIGS / f"{name}.yaml"
 
 
 def example(name: str) -> str:
