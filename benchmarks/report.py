@@ -33,31 +33,6 @@ def step_table(folder: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
-def step_summary(folder: Path = RESULTS) -> str:
-    """The same in short: Serial LoRA against PEFT's LoRA, one column per model."""
-    results = read_results("step", folder)
-    cases = {model: case["precisions"] for model, case in results["cases"].items()}
-    times = {
-        "train step over the base's, bf16 autocast": ("train", "bf16 autocast"),
-        "train step over the base's, fp32": ("train", "fp32"),
-        "forward over the base's, bf16": ("forward", "bf16"),
-    }
-    rows = [
-        (name, *(_against({n: v["over_base"]["median"] for n, v in m[precision][what].items()}, "{:.3f}".format)
-                 for m in cases.values()))
-        for name, (what, precision) in times.items()
-    ]  # fmt: skip
-    fused = (m["bf16"]["forward"]["serial_fused"]["over_base"]["median"] for m in cases.values())
-    rows.append(("forward over the base's, bf16, fused", *(f"{ratio:.3f}" for ratio in fused)))
-    costs = [_costs(case) for case in results["cases"].values()]
-    rows += [(name, *(_against(cost[name][0], cost[name][1]) for cost in costs)) for name in costs[0]]
-    return f"{_step_caption(results)}\n\n{_table(('Serial LoRA / PEFT LoRA', *cases), rows)}"
-
-
-def _against(values: dict[str, float], show: Show) -> str:
-    return f"{show(values['serial'])} / {show(values['peft'])}"
-
-
 def profile_table(folder: Path = RESULTS) -> str:
     """Milliseconds of a train step by operation."""
     tables = []

@@ -14,7 +14,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from benchmarks import report, starts
+from benchmarks import front, report, starts
 from slora_diffusers import SerialLoraConfig, add_serial_lora, unload_serial_lora
 from slora_diffusers.adapters.lifecycle import AddReport
 from slora_diffusers.records import audio, image, text, video, vision
@@ -109,10 +109,10 @@ def published(name: str) -> torch.nn.Module:
 
 
 @cache
-def count(name: str, rank: int) -> AddReport:
+def count(name: str, rank: int, inputs: tuple[str, ...] | None = None) -> AddReport:
     """The pairs and parameters that an adapter of this rank has in a published model."""
     model = published(name)
-    report = add_serial_lora(model, SerialLoraConfig(rank=rank))
+    report = add_serial_lora(model, SerialLoraConfig(rank=rank, inputs=inputs))
     unload_serial_lora(model)
     return report
 
@@ -127,6 +127,13 @@ def counts() -> str:
             f"| {c.parameters / c.lora_parameters:.4f} |"
         )
     return "\n".join(rows)
+
+
+def front_table() -> str:
+    """The README's table."""
+    alone, with_outputs = count(front.MODEL, 16), count(front.MODEL, 16, front.WITH_OUTPUTS)
+    parameters = {"serial": alone.parameters, "outputs": with_outputs.parameters, "lora": alone.lora_parameters}
+    return front.front_table(parameters)
 
 
 def full_tables() -> str:
@@ -177,29 +184,24 @@ def _layout_cell(names: list[str], read: Collection[str], written: Collection[st
 
 REGIONS = {
     ROOT / "docs" / "convert.md": {"layouts": layouts},
-    ROOT / "docs" / "architectures.md": {"architectures": full_tables, "refusals": refusals},
+    ROOT / "docs" / "architectures.md": {"families": families, "architectures": full_tables, "refusals": refusals},
     ROOT / "docs" / "counts.md": {"counts": counts},
     ROOT / "docs" / "benchmarks.md": {
         "bench-step": report.step_table,
         "bench-targets": report.targets_table,
         "bench-profile": report.profile_table,
         "bench-lifecycle": report.lifecycle_table,
+        "demo-quality": report.quality_table,
     },
     ROOT / "docs" / "training.md": {"dreambooth": report.dreambooth_table},
-    ROOT / "docs" / "vision.md": {
+    ROOT / "docs" / "vision-results.md": {
         "vit-scores": report.vit_scores_table,
         "vit-differences": report.vit_differences_table,
         "vit-variations": report.vit_variations_table,
         "vit-costs": report.vit_costs_table,
     },
     ROOT / "docs" / "choosing.md": {"vit-starts": starts.starts_table},
-    ROOT / "README.md": {
-        "architectures": families,
-        "counts": counts,
-        "demo-quality": report.quality_table,
-        "bench-step": report.step_summary,
-        "bench-lifecycle": report.lifecycle_table,
-    },
+    ROOT / "README.md": {"front": front_table},
 }
 
 

@@ -23,12 +23,16 @@ from tests.tiny.vision import SIZE, VISION
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-RUN = ("index", "concepts", "choosing", "adapters")
+RUN = ("README", "index", "concepts", "choosing", "adapters")
 SD3 = ("stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3-medium-diffusers")
 
 
 def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def page_of(name: str) -> Path:
+    return ROOT / "README.md" if name == "README" else ROOT / "docs" / f"{name}.md"
 
 
 @pytest.fixture
@@ -53,17 +57,17 @@ def world(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", RUN)
 def test_blocks_of_a_page_run_one_after_the_other(page, world):
-    code = blocks(ROOT / "docs" / f"{page}.md", "python")
+    code = blocks(page_of(page), "python")
     images, labels = torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1])
     names: dict[str, Any] = {"model": VISION["ViTForImageClassification"].build(), "batches": [(images, labels)]}
     assert code
     for number, block in enumerate(code):
-        exec(compile(block, f"docs/{page}.md, block {number + 1}", "exec"), names)
+        exec(compile(block, f"{page}.md, block {number + 1}", "exec"), names)
 
 
 def test_every_python_block_is_run_somewhere():
     elsewhere = {"vision", "convert", "architectures", "coming-from-peft", "training", "format"}
-    assert {path.stem for path in PAGES if blocks(path, "python")} == {*RUN, *elsewhere}
+    assert {path.stem for path in (ROOT / "README.md", *PAGES) if blocks(path, "python")} == {*RUN, *elsewhere}
 
 
 def commands() -> list[tuple[str, str]]:
@@ -89,12 +93,13 @@ def test_command_is_one_that_the_recipe_takes(page, command, tmp_path, monkeypat
     flags = words[at + (2 if words[at] == "train" else 1) :]
     if "--example" in flags or "--help" in flags:
         return
-    from slora_diffusers.cli.train import split
+    from slora_diffusers.cli.train import _use_ready_config, split
 
     recipe = catalog.load(name)
-    if "--config" in flags:
-        Path(flags[flags.index("--config") + 1]).write_text(catalog.example(name))
-    assert parse(recipe.Options, "", split(flags)[1])
+    own = split(flags)[1]
+    if "--config" in own and _use_ready_config(own, name) is None:
+        Path(own[own.index("--config") + 1]).write_text(catalog.example(name))
+    assert parse(recipe.Options, "", own)
 
 
 def anchors(path: Path) -> set[str]:

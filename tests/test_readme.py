@@ -1,22 +1,25 @@
-"""What the README shows is there: its code compiles and names what exists, its commands take the flags it gives."""
+"""What the README shows is there: commands, pages, pictures, and numbers that the results carry; on PyPI, too.
+
+Its Python is run by test_docs.py.
+"""
 
 from __future__ import annotations
 
-import ast
-import importlib
 import re
 from pathlib import Path
 
 import pytest
-from diffusers import DiffusionPipeline
 from typer.main import get_command
 
-from slora_diffusers.cli import app  # with it, every DiffusionPipeline gets the verbs
+from benchmarks import front, starts
+from benchmarks.harness import read_results
+from docs.build_tables import front_table
+from setup import pypi_page
+from slora_diffusers.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [
     line.strip()
     for language, code in BLOCKS
@@ -24,33 +27,6 @@ COMMANDS = [
     for line in code.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
-
-
-@pytest.mark.parametrize("code", PYTHON)
-def test_python_compiles_and_uses_names_that_exist(code):
-    tree = ast.parse(code)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            module = importlib.import_module(node.module)
-            assert all(hasattr(module, alias.name) for alias in node.names)
-        if isinstance(node, ast.Attribute) and "serial_lora" in node.attr:
-            assert hasattr(DiffusionPipeline, node.attr)
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if ".py " in c])
-def test_scripts_and_their_flags_exist(command):
-    script = next(word for word in command.split() if word.endswith(".py"))
-    folders = ("training", "training/diffusion", "recipes")
-    sources = [ROOT / script, *(path for name in folders for path in (ROOT / "slora_diffusers" / name).glob("*.py"))]
-    text = "\n".join(path.read_text() for path in sources)
-    for flag in re.findall(r"--(\w+)", command):
-        assert flag == "help" or re.search(rf"\b{flag}\b", text), flag
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
-def test_make_targets_exist(command):
-    target = command.split()[1]
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("slora ")])
@@ -61,3 +37,30 @@ def test_subcommands_exist(command):
 def test_pictures_and_pages_exist():
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_table_says_what_was_measured():
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in front_table().splitlines()[2:]]
+    rows = {name: values for name, *values in cells}
+    step = read_results("step")["cases"]["SD3-medium"]["precisions"]["bf16 autocast"]["train"]
+    (train,) = (values for name, values in rows.items() if name.startswith("train step"))
+    for cell, name in ((train[0], "serial"), (train[2], "peft")):
+        measured = [(step[name]["over_base"][q] - 1) * 100 for q in ("median", "q1", "q3")]
+        assert [float(number) for number in re.findall(r"[+-][\d.]+", cell)[:3]] == pytest.approx(measured, abs=0.05)
+    accuracy = next(values for name, values in rows.items() if name.startswith("accuracy"))
+    summary = read_results(starts.DIGITS)["summary"]
+    for cell, method in zip(accuracy, front.METHODS, strict=True):
+        mean, low, high = (float(number) for number in re.findall(r"[\d.]+", cell)[:3])
+        assert low < mean < high and mean == pytest.approx(summary[method]["mean"], abs=0.06)
+    assert len(summary["serial-r8"]["test"]) == 20  # the seeds that the text beside it speaks of
+
+
+def test_on_pypi_links_and_pictures_are_addresses_or_are_left_out():
+    def relative(page):
+        return [link for link in re.findall(r"\]\(([^)]+)\)", page) if not link.startswith("https://")]
+
+    without, at = pypi_page(README, None), pypi_page(README, "https://example.org/slora/")
+    assert relative(README) and not relative(without) and not relative(at)
+    assert "![" not in without and "](https://example.org/slora/raw/HEAD/docs/images/demo.png)" in at
+    assert "](https://example.org/slora/blob/HEAD/docs/training.md)" in at
+    assert "Training" in without and "https://arxiv.org/abs/2503.17750" in without and "<!--" not in without

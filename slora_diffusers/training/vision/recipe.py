@@ -34,7 +34,7 @@ from ..run import Run
 logger: Any = get_logger(__name__)
 
 HEAD_NAME = "head.safetensors"
-# What did best on DINOv2 with few images of each class (docs/vision.md): Serial LoRA takes twice LoRA's rate.
+# What did best on DINOv2 with few images of each class (docs/vision-results.md): Serial LoRA takes twice LoRA's rate.
 LEARNING_RATES = {"serial": 6e-3, "lora": 3e-3, "head": 1e-2, "full": 1e-5}
 _RATES = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
 HEAD_LEARNING_RATE = 3e-3  # of the new head beside an adapter
@@ -224,7 +224,7 @@ def train_with_head(
 
 
 def usual_inputs(backbone: nn.Module) -> list[str]:
-    """What the attentions read and, where a record names it, their output: together they did best (docs/vision.md)."""
+    """What the attentions read and, where a record names it, their output: together they did best (docs/vision-results.md)."""
     pairs = [slot.pair for slot in find_slots(backbone)]
     return list(dict.fromkeys(p.name for p in pairs if not p.optional or p.name.endswith("attention_output")))
 
