@@ -224,7 +224,7 @@ def train_with_head(
 
 
 def usual_inputs(backbone: nn.Module) -> list[str]:
-    """What the attentions read and, where a record names it, their output: together they did best (docs/vision-results.md)."""
+    """What the attentions read and, where a record names it, their output: best together (docs/vision-results.md)."""
     pairs = [slot.pair for slot in find_slots(backbone)]
     return list(dict.fromkeys(p.name for p in pairs if not p.optional or p.name.endswith("attention_output")))
 
