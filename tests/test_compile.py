@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -214,6 +217,30 @@ def test_a_change_of_an_eager_model_leaves_the_graphs_of_others_alone(neighbour,
         assert torch.allclose(output_of(model, tiny), output_a, atol=1e-5)
     sl.unload_serial_lora(model)
     assert compiles() == 0
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "DiTTransformer2DModel"])
+@pytest.mark.parametrize("how", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+                         ids=["itself", "deepcopy", "pickle"])  # fmt: skip
+def test_a_graph_of_one_model_never_serves_another_with_other_adapters(name, how, tmp_path):
+    """torch.compile guards on no hook: the graph of a base once served the next model of its class, pairs and all."""
+    torch.compiler.reset()
+    tiny = TINY[name]
+    first = tiny.build()
+    base = output_of(first, tiny)
+    first.compile(backend="eager")
+    assert torch.allclose(output_of(first, tiny), base, atol=1e-5)
+    adapted = tiny.build()
+    for adapter, inputs in (("a", None), ("b", ("hidden_states", "attention_output")), ("c", ("feed_forward",))):
+        add_random_adapter(adapted, adapter, inputs=inputs)
+        expected = output_of(adapted, tiny)
+        one = how(adapted)
+        one.compile(backend="eager")
+        assert torch.allclose(output_of(one, tiny), expected, atol=1e-5), adapter
+        assert not torch.allclose(expected, base, atol=1e-2)
+    assert torch.allclose(output_of(first, tiny), base, atol=1e-5)
+    sl.unload_serial_lora(adapted)
+    assert torch.equal(output_of(how(adapted), tiny), base)
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place", "a block", "the forward", "a function around", "an argument"])

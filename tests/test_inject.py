@@ -262,7 +262,9 @@ def test_every_site_has_one_hook_and_nothing_else_changes():
         hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, SerialLoraAttnProcessor)]
         assert len(hooks) == (module in sites)
     after = traces(model)
-    assert {n: t for n, t in after["types"].items() if "serial_lora" not in n} == before["types"]
+    kinds = {n: getattr(t, "serial_lora_kind", t) for n, t in after["types"].items() if "serial_lora" not in n}
+    assert kinds == before["types"]
+    assert all(t.__qualname__ == kinds[n].__qualname__ for n, t in after["types"].items() if n in kinds)
 
 
 @pytest.mark.parametrize("settings", [{"rank": 3}, {"init": "gaussian"}, {"layers": 0}, {"inputs": "feed_forward"}])

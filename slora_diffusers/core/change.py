@@ -103,18 +103,20 @@ class Snapshot:
         self.fields = _copied(vars(self.registry)) if self.registry is not None else {}
         self.fused = self.registry is not None and self.registry.call.fused
         self.trains: list[tuple[nn.Parameter, bool]] = []
-        self.modules: list[tuple[nn.Module, _Kept | None]] = []
+        self.modules: list[tuple[nn.Module, type, _Kept | None]] = []
         self.pairs: list[tuple[SerialLoraPair, dict[str, Any], Any]] = []
         for module in model.modules():  # thousands, of which few have anything: it takes milliseconds
             state = module.__dict__
-            self.modules.append((module, _Kept(state) if _has_something(state) else None))
+            self.modules.append((module, type(module), _Kept(state) if _has_something(state) else None))
             self.trains += [(p, p.requires_grad) for p in state["_parameters"].values() if p is not None]
             if isinstance(module, SerialLoraPair):
                 self.pairs.append((module, _copied(state), module.stacks()))
 
     def restore(self) -> None:
         """Put it all back."""
-        for module, kept in self.modules:
+        for module, kind, kept in self.modules:
+            if type(module) is not kind:
+                module.__class__ = kind
             if kept is not None or _has_something(module.__dict__):
                 (kept or _Kept({})).put_back(module)
         for pair, state, stacks in self.pairs:

@@ -18,9 +18,13 @@ from ..errors import AdapterStateError
 from .batch import batch_size, rows_of
 from .calls import CallState
 from .layer import SerialLoraPair
+from .marks import mark, marks_of, unmark
 
 SCALE_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
 """Arguments through which diffusers' pipelines pass `{"scale": ...}` to a transformer."""
+
+_READS = "reads"
+"""Mark of a module whose inputs go through pairs; with it, the inputs that do."""
 
 FIRST_ARGUMENT = ""
 """Stands for whatever a module's forward calls its first argument (Linear layers of every make)."""
@@ -77,9 +81,12 @@ class Followed:
         if all(parent._modules.get(name) is module for parent, name, module in self.steps):
             return
         old, self.steps = self.steps[-1][2], self._steps()
+        self._moves(old, self.steps[-1][2])
+
+    def _moves(self, old: nn.Module, new: nn.Module) -> None:
         detach(old)
         (_, pair), *_ = self.hook.reads.values()
-        self.hook = attach(self.steps[-1][2], {FIRST_ARGUMENT: pair})
+        self.hook = attach(new, {FIRST_ARGUMENT: pair})
 
     def _steps(self) -> list[tuple[nn.Module, str, nn.Module]]:
         steps, parent = [], self.site
@@ -162,6 +169,7 @@ def attach(module: nn.Module, reads: Mapping[str, SerialLoraPair]) -> SerialLora
     positions = {name: names.index(name) if name in names else len(names) for name in named}
     hook = SerialLoraAttnProcessor({name: (positions[name], pair) for name, pair in named.items()})
     module.register_forward_pre_hook(hook, with_kwargs=True)
+    mark(module, (_READS, *sorted(positions.items())))
     return hook
 
 
@@ -171,3 +179,5 @@ def detach(module: nn.Module) -> None:
         if isinstance(hook, SerialLoraAttnProcessor):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if ours := [m for m in marks_of(module) if isinstance(m, tuple) and m[0] == _READS]:
+        unmark(module, *ours)
