@@ -38,14 +38,20 @@ _GROUPS = (_codes.SUBPATTERN, _codes.BRANCH)
 def check_patterns(patterns: Iterable[object], where: str) -> None:
     """Raise SerialLoraError unless all are regular expressions, and all together few and short enough."""
     given = list(patterns)
+    check_number(given, where)
+    for pattern in given:
+        compile_pattern(pattern)
+
+
+def check_number(patterns: Iterable[Any], where: str) -> None:
+    """Raise SerialLoraError if there are so many patterns, or so long ones, that going through them takes long."""
+    given = list(patterns)
     letters = sum(len(pattern) for pattern in given if isinstance(pattern, str))
     if len(given) > MOST or letters > MOST_LETTERS:
         raise SerialLoraError(
             f"{where} holds {len(given):,} patterns of {letters:,} letters; at most {MOST:,} patterns and "
             f"{MOST_LETTERS:,} letters are read. Write fewer: one regular expression can stand for many sites."
         )
-    for pattern in given:
-        compile_pattern(pattern)
 
 
 def matches(pattern: str, path: str) -> bool:

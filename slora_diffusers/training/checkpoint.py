@@ -165,7 +165,9 @@ def _is_alike(saved: Any, ours: Any) -> bool:
     """Whether a leaf can stand for another: tensors of one shape, numbers for numbers."""
     if isinstance(ours, Tensor):
         return isinstance(saved, Tensor) and saved.shape == ours.shape and bool(torch.isfinite(saved).all())
-    if ours is None or isinstance(ours, str | bool):
+    if isinstance(ours, bool):
+        return isinstance(saved, bool)
+    if ours is None or isinstance(ours, str):
         return isinstance(saved, type(ours) | int | float | None) or saved is None
     if isinstance(saved, Tensor):
         return saved.numel() == 1 and bool(torch.isfinite(saved).all())
@@ -225,7 +227,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
         }
         for index, entries in saved["state"].items()
     }
-    optimizer.load_state_dict({**saved, "state": state})
+    groups = [
+        {**theirs, **{name: ours[name] for name in _OF_THE_MACHINE if name in ours}}
+        for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**saved, "param_groups": groups, "state": state})
+
+
+_OF_THE_MACHINE = ("capturable", "differentiable", "foreach", "fused")
+"""Fields of an optimizer's groups that say how a step is computed here, not what: another machine has others."""
 
 
 def _form_of(first: Any, its: Tensor, parameter: Tensor) -> Any:

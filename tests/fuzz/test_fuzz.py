@@ -15,6 +15,20 @@ def test_a_damaged_file_is_taken_or_refused_in_one_sentence(name, tmp_path):
     assert tally.outcomes["taken"] and tally.outcomes["refused"], "the damage is too little or too much to tell"
 
 
+FOUND = {
+    "a rank that no float can hold": ("compress", 757),
+    "patterns by the hundred thousand, each compiled for every module": ("compress", 1682),
+    "an optimizer told to step as on another machine": ("resume", 39),
+}
+
+
+@pytest.mark.parametrize("what", list(FOUND))
+def test_what_the_long_runs_found_is_mended(what, tmp_path):
+    name, number = FOUND[what]
+    tally = judge(name, READERS[name](), [number], tmp_path)
+    assert not tally.failures, "\n".join(tally.failures)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(READERS))
 def test_twenty_thousand_are(name, tmp_path):

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def main() -> None:
     """Print a line per part; of a failure the walk, and the seed that takes it again."""
     import torch
-    from hypothesis import core, settings
+    from hypothesis import Phase, core, settings
     from hypothesis.stateful import run_state_machine_as_test
 
     from tests.test_walks import QUIET
@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--walks", type=int, default=200, help="Walks in all.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the first part.")
     parser.add_argument("--part", type=int, default=100, help="Walks of a part: one in fifty of compiled models.")
+    parser.add_argument("--shrink", action="store_true", help="Look for the shortest walk that fails: minutes.")
     options = parser.parse_args()
+    phases = (Phase.generate, Phase.shrink) if options.shrink else (Phase.generate,)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sys.unraisablehook = lambda unraisable: None  # a fault inside a destructor
@@ -37,9 +39,8 @@ def main() -> None:
             if not count:
                 continue
             try:
-                run_state_machine_as_test(
-                    walk, settings=settings(**QUIET, max_examples=count, stateful_step_count=16, print_blob=False)
-                )
+                given = settings(**QUIET, max_examples=count, stateful_step_count=16, print_blob=False, phases=phases)
+                run_state_machine_as_test(walk, settings=given)
             except Exception:
                 failed += 1
                 traceback.print_exc()

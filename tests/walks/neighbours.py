@@ -10,6 +10,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import HookRegistry
 from diffusers.models.attention_processor import JointAttnProcessor2_0
+from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from peft import LoraConfig
@@ -55,6 +56,8 @@ class WalkAmongOthers(Walk):
     @rule(how=st.sampled_from([copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]))
     def copy(self, how) -> None:
         before = self.model
+        left = any("forward" in vars(module) for module in before.modules())  # by accelerate, and it does not pickle
+        assume(how is copy.deepcopy or not left)
         self.others = [*self.others[-1:], (before, self.output())]
         self.model = how(before)
         self.settle(self.truth)

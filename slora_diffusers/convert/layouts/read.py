@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...adapters.fuse import peek_weight
+from ...config import is_number
+from ...core.patterns import check_number
 from ...core.sites import Projection
-from ...errors import AdapterFileError, AdapterStateError
+from ...errors import AdapterFileError, AdapterStateError, SerialLoraError
 from ...files.storage import check_finite, find_file
 from ..lowrank import LowRank
 from .kinds import Settings, change_of, needs_weight, settings_of, shape_of
@@ -181,7 +183,7 @@ def open_lora(
         config = _beside(path, source, hub)
         own = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
         settings = _settings(json.loads(header.get("lora_adapter_metadata", "{}")), own)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SerialLoraError, SafetensorError, OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not a readable LoRA: {error}.") from error
     if network := header.get("ss_network_module"):
         settings.setdefault("", {"network_module": network})
@@ -230,9 +232,10 @@ def _settings(metadata: Any, config: Any) -> dict[str, dict[str, Any]]:
             pattern = own.get(name) or {}
             if not isinstance(pattern, dict):
                 raise ValueError(f"its {name} is not a JSON object")
+            check_number(pattern, f"its {name}")
             numbers += pattern.values()
-        if any(n is not None and (isinstance(n, bool) or not isinstance(n, int | float)) for n in numbers):
-            raise ValueError("its ranks and alphas are not all numbers")
+        if not all(n is None or is_number(n) for n in numbers):
+            raise ValueError("its ranks and alphas are not all finite numbers")
     return settings
 
 
