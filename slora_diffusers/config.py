@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .core.pair import check_init
-from .core.patterns import check_patterns, matches
+from .core.patterns import LONGEST, check_patterns, matches
 from .errors import SerialLoraError
 from .peft_names import answers_peft_names, further_pairs, settings_of_peft
 
@@ -37,6 +37,9 @@ class SerialLoraConfig:
         rslora: Scale by alpha / sqrt(r) instead (rank-stabilised, arXiv 2312.03732).
         init: Start of A: "kaiming" (uniform, a = sqrt(5), as LoRA's), "gaussian" (N(0, 1 / r)), or "gradient", which
             `initialize_serial_lora` finds (until then A is "kaiming", and recorded so). B is zero.
+        modules_to_save: Modules that train whole beside the pairs, such as a classifier, as PEFT's: the paths of them,
+            or the last parts of their paths. The adapter has a copy of each, which is saved, loaded and swapped with
+            it, and stands in the module's place while the adapter is active; weights other than 0 do not scale it.
 
     Raises:
         SerialLoraError: If a value is out of range or a regular expression does not compile.
@@ -55,6 +58,7 @@ class SerialLoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     init: str = "kaiming"
+    modules_to_save: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -75,8 +79,18 @@ class SerialLoraConfig:
         if not isinstance(self.rslora, bool):
             raise SerialLoraError(f"rslora must be True or False; got {self.rslora!r}.")
         check_init(self.init)
-        for name, kind in {"inputs": str, "targets": str, "exclude": str, "layers": int}.items():
+        for name, kind in {
+            "inputs": str,
+            "targets": str,
+            "exclude": str,
+            "modules_to_save": str,
+            "layers": int,
+        }.items():
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name), kind))
+        if any(not name or len(name) > LONGEST for name in self.modules_to_save or ()):
+            raise SerialLoraError(
+                f"modules_to_save must name modules, each by at most {LONGEST} letters; got {self.modules_to_save!r}."
+            )
         patterns = (*(self.targets or ()), *(self.exclude or ()), *self.rank_pattern, *self.alpha_pattern)
         check_patterns(patterns, "The config")
 

@@ -22,15 +22,12 @@ _ANSWERS = {
         "inputs=, such as ('hidden_states', 'attention_output'), and targets=, regular expressions of attentions: a "
         "pair sits on what an attention reads and serves its q, k and v together"
     ),
-    "modules_to_save": (
-        "nothing here: call requires_grad_(True) on those modules after add_serial_lora(); SerialLoraTrainer saves them"
-    ),
     "task_type": "nothing: the model stays of its own class",
     "bias": "nothing: biases stay frozen",
     "use_dora": "nothing: there is no DoRA of a serial pair",
 }
 _NOT_CARRIED = (
-    *("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters"),
+    *("use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters"),
     *("trainable_token_indices", "lora_bias", "exclude_modules", "alora_invocation_tokens", "use_qalora"),
 )
 
@@ -61,6 +58,8 @@ def settings_of_peft(config: Any) -> dict[str, Any]:
         settings["layers"] = values["layers_to_transform"]
     if values.get("init_lora_weights") == "gaussian":
         settings["init"] = "gaussian"
+    if values.get("modules_to_save"):
+        settings["modules_to_save"] = values["modules_to_save"]
     left_out = [name for name in _NOT_CARRIED if values.get(name)]
     if values.get("bias", "none") != "none":
         left_out.append("bias")

@@ -13,6 +13,7 @@ from ..core.hooks import FIRST_ARGUMENT, Followed, ModelCall, attach, detach
 from ..core.layer import SerialLoraPair
 from ..core.names import CONTAINER, is_of_pair, split_place
 from ..core.offload import follow_group_offload, lifted_offload
+from ..core.parts import SerialLoraPart, ensure_part, follow_parts, parts_of, stop_relaying
 from ..core.sites import Slot, find_slots, unwrap
 from ..core.state import Registry, Weights, adapter_checksum, check_new_name, pairs_of, registry_of, weight_at
 from .save_pretrained import SavePretrained
@@ -26,6 +27,7 @@ def put_in(
     config: SerialLoraConfig,
     weight: float | None,
     trainable: bool,
+    modules: Mapping[str, nn.Module],
 ) -> None:
     """Add an adapter whose A and B are given, inside a change; all has been checked and computed.
 
@@ -37,6 +39,7 @@ def put_in(
         config: Its settings.
         weight: Its weight beside the adapters that are active already; None leaves it inactive.
         trainable: Whether the matrices ask for gradients.
+        modules: {path: its copy of the module there}.
 
     Raises:
         AdapterStateError: If another thread has taken the name, or fused, since that was checked.
@@ -52,8 +55,12 @@ def put_in(
         new_hooks |= not pair.scaling
         with lifted_offload(pair):
             pair.add(name, A, B, config.scaling_of(slot.path, A.shape[0]), config.dropout, trainable)
+    for path, module in modules.items():
+        part = ensure_part(root, path, registry.call)
+        new_hooks |= not part.names
+        part.add(name, module)
     if trainable:  # untrained yet: nothing would be lost
-        registry.saved[name] = adapter_checksum(pairs_of(root).values(), name)
+        registry.saved[name] = adapter_checksum(root, name)
     follow_group_offload(root)
     activate(model, registry.active if weight is None else {**registry.active, name: weight})
     if new_hooks and registry.capacity is None:
@@ -61,8 +68,11 @@ def put_in(
 
 
 def take_out(model: nn.Module, name: str) -> None:
-    """Remove one adapter's matrices from every pair; pairs that are empty then stay."""
+    """Remove one adapter's matrices from every pair, and its modules; what is empty then stays."""
     registry = registry_of(model)
+    for part in parts_of(model).values():
+        if name in part.names:
+            part.remove(name)
     for pair in pairs_of(model).values():
         if name in pair.scaling:
             with lifted_offload(pair):
@@ -133,6 +143,8 @@ def activate(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
     for key, pair in pairs_of(model).items():
         path, _ = split_place(key)
         pair.activate({name: weight_at(path, weight) for name, weight in chosen.items()})
+    for path, part in parts_of(model).items():
+        part.activate({name: weight_at(path, weight) for name, weight in chosen.items()})
 
 
 def attach_all(model: nn.Module) -> None:
@@ -142,7 +154,7 @@ def attach_all(model: nn.Module) -> None:
         hook = attach(module, reads)
         if path is not None:
             followed.append(Followed(*path, hook))
-    registry_of(model).followed = followed
+    registry_of(model).followed = followed + follow_parts(model)
     forget_compiled(unwrap(model))
 
 
@@ -151,20 +163,32 @@ def detach_all(model: nn.Module) -> None:
     registry_of(model).followed = []
     for module in unwrap(model).modules():
         detach(module)
+        stop_relaying(module)
     forget_compiled(unwrap(model))
 
 
 def drop_empty_sites(model: nn.Module) -> None:
-    """Take out the pairs that hold no adapter any more, and their hooks."""
+    """Take out the pairs, and the places for modules, that hold no adapter any more, and their hooks."""
     for module in [m for m in unwrap(model).modules() if CONTAINER in m._modules]:
         container = module.get_submodule(CONTAINER)
-        for name, pair in list(container.named_children()):
-            if isinstance(pair, SerialLoraPair) and not pair.scaling:
+        for name, held in list(container.named_children()):
+            if _is_empty(held):
                 del container._modules[name]
         if not container._modules:
             del module._modules[CONTAINER]
     detach_all(model)
     attach_all(model)
+
+
+def has_empty_sites(model: nn.Module) -> bool:
+    """Whether `drop_empty_sites` would find something."""
+    return any(_is_empty(held) for held in (*pairs_of(model).values(), *parts_of(model).values()))
+
+
+def _is_empty(held: nn.Module) -> bool:
+    return (isinstance(held, SerialLoraPair) and not held.scaling) or (
+        isinstance(held, SerialLoraPart) and not held.names
+    )
 
 
 def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, SerialLoraPair], tuple[nn.Module, str] | None]]:

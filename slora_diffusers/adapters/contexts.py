@@ -9,6 +9,7 @@ from typing import Any
 from ..core.batch import samples_of
 from ..core.components import adapted, check_known
 from ..core.hooks import check_scale
+from ..core.parts import parts_of
 from ..core.state import check_not_fused, registry_of
 from ..errors import AdapterStateError
 
@@ -68,6 +69,8 @@ def serial_lora_batch(
     for one in models.values():
         registry = registry_of(one)
         held = tuple(tuple(part for part in sample if part[0] in registry.configs) for sample in samples)
+        for part in parts_of(one).values():
+            part.owner(held)  # says if the samples need different modules
         states.append(registry.call.changed(samples=held, images=images_per_prompt, rows=None, stacks={}))
     return _all(states)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from ..core.components import adapted, check_known, held_by, names_of
 from ..core.hooks import check_scale
 from ..core.layer import SerialLoraPair
 from ..core.offload import Storage
+from ..core.parts import SerialLoraPart, module_at, parts_of, persistent
 from ..core.processes import is_sharded
 from ..core.sites import Projection, Slot, find_slots, unwrap
-from ..core.state import Fused, Replaced, Weights, check_not_fused, pairs_of, registry_of, weight_at
+from ..core.state import Fused, Replaced, Weights, check_modules, check_not_fused, pairs_of, registry_of, weight_at
 from ..core.tensors import checksum, is_finite
 from ..errors import AdapterStateError
 from .attach import attach_all, detach_all
@@ -148,6 +149,7 @@ def _fused(model: nn.Module, names: list[str], scale: float) -> tuple[Fused, lis
             f"add. Fuse them all, or call set_serial_lora({names}) first."
         )
     weights = {name: registry.active.get(name, 1.0) for name in names}
+    check_modules(model, weights)
     pairs, storage = pairs_of(model), Storage(unwrap(model))
     written: list[tuple[Projection, Tensor]] = []
     originals: list[Replaced] = []
@@ -161,7 +163,40 @@ def _fused(model: nn.Module, names: list[str], scale: float) -> tuple[Fused, lis
             original = storage.data(projection.owner, projection.attribute)
             written.append((projection, W))
             originals.append(Replaced(projection, original, (A, B), W.dtype, checksum(W)))
+    for path, part in parts_of(model).items() if scale else ():
+        owners = [name for name in weights if name in part.names and weight_at(path, weights[name])]
+        for projection, W, value in _fused_module(model, storage, path, part, owners):
+            original = storage.data(projection.owner, projection.attribute)
+            written.append((projection, W))
+            originals.append(Replaced(projection, original, (value,), W.dtype, checksum(W)))
     return Fused(weights, scale, originals), written
+
+
+def _fused_module(
+    model: nn.Module, storage: Storage, path: str, part: SerialLoraPart, owners: Sequence[str]
+) -> Iterator[tuple[Projection, Tensor, Tensor]]:
+    """What the copy of a module that one adapter brings writes over the base's own, tensor by tensor, and its own."""
+    if not owners:
+        return
+    module, copy = module_at(model, path), part.copy_of(owners[0])
+    inside = {id(tensor) for tensor in module.parameters()}
+    elsewhere = [n for n, t in unwrap(model).named_parameters(remove_duplicate=False) if id(t) in inside]
+    if tied := [n for n in elsewhere if not f"{n}.".replace("_orig_mod.", "").startswith(f"{path}.")]:
+        raise AdapterStateError(
+            f"Cannot fuse: {path!r}, which {owners[0]!r} brings whole (modules_to_save), shares its weight with "
+            f"{tied[0]!r}, which the fuse would change, too. Keep the adapter live, or untie them."
+        )
+    values = {key: (owner, name) for key, owner, name in persistent(copy)}
+    for key, owner, name in persistent(module):
+        called = f"{path}.{key}"
+        storage.check_writable(owner, name, "fuse", called)
+        now, value = storage.peek(owner, name), storage.peek(*values[key])
+        if now is None or value is None or type(now.data) is not Tensor:
+            raise AdapterStateError(f"Cannot fuse: {called} is quantized, or not in memory. Keep the adapter live.")
+        W = value.to(now.device, now.dtype, copy=True)
+        if not is_finite(W):
+            raise AdapterStateError(f"Fusing would make {called} not finite. Nothing was changed.")
+        yield Projection(called, owner, name), W, value
 
 
 def _gains(slot: Slot, pair: SerialLoraPair, weights: Mapping[str, Weights], scale: float) -> dict[str, float]:
@@ -219,7 +254,7 @@ def _is_rounded(W: Tensor, replaced: Replaced) -> bool:
     """Whether a weight is what the fuse wrote, rounded since to its present dtype, perhaps by way of a shorter one."""
     if W.shape != replaced.original.shape or not W.is_floating_point():
         return False
-    then = replaced.projection.fused(replaced.original, *replaced.fused)
+    then = replaced.again()
     return any(torch.equal(way.to(W.dtype).to(W.device), W) for way in (then, then.half(), then.bfloat16()))
 
 

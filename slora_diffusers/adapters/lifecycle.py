@@ -15,19 +15,21 @@ from ..config import SerialLoraConfig
 from ..core.change import changing
 from ..core.components import adapted, check_known, denoisers_of, for_each, held_by, per_component
 from ..core.pair import GRADIENT, new_matrices
+from ..core.parts import copied, find_modules, parts_of
 from ..core.sites import Slot, lora_equivalent, select_slots, unwrap
 from ..core.state import (
     Registry,
     Weights,
     check_active,
+    check_modules,
     check_new_name,
     check_not_fused,
     check_room,
     check_trains,
     names_with_weights,
     pairs_of,
-    parameters_of,
     registry_of,
+    tensors_of,
 )
 from ..core.tensors import check_dtype
 from ..errors import AdapterStateError
@@ -37,6 +39,7 @@ from .attach import (
     drop_empty_sites,
     ensure_pair,
     freeze_base,
+    has_empty_sites,
     put_in,
     register,
     remove_all,
@@ -83,17 +86,19 @@ def add_serial_lora(model: Any, config: SerialLoraConfig, adapter_name: str = "d
     """
     models = denoisers_of(model)
     made = {component: _new_adapter(one, config, adapter_name) for component, one in models.items()}
+    copies = {component: _new_modules(one, config, adapter_name) for component, one in models.items()}
     if config.init == GRADIENT:  # recorded once it is true
         config = replace(config, init="kaiming")
         logger.warning("%s starts as kaiming until initialize_serial_lora() is called, before training.", adapter_name)
     with changing(*models.values()) as change:
         for component, matrices in made.items():
             freeze_base(models[component])
-            put_in(change, models[component], adapter_name, matrices, config, 1.0, trainable=True)
+            put_in(change, models[component], adapter_name, matrices, config, 1.0, True, copies[component])
     reports = {}
     for component, matrices in made.items():
         slots = [slot for slot, _, _ in matrices]
         parameters = sum(A.numel() + B.numel() for _, A, B in matrices)
+        parameters += sum(p.numel() for copy in copies[component].values() for p in copy.parameters())
         equivalent = lora_equivalent(models[component], slots, config)
         sites = len({slot.path for slot in slots})
         reports[component] = AddReport(adapter_name, sites, len(slots), parameters, equivalent)
@@ -164,25 +169,26 @@ def move_serial_lora(model: Any, adapter_names: str | Sequence[str], device: tor
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     models = adapted(model)
     check_known(models, names)
+    tensors: list[torch.Tensor] = []
     for one in models.values():
         registry = registry_of(one)
+        tensors += [tensor for name in held_by(one, names) for tensor in tensors_of(one, name).values()]
         if busy := [name for name in held_by(one, names) if name in registry.active or name in _fused_in(registry)]:
             raise AdapterStateError(f"{busy} are active: set_serial_lora() to others first, and then move these.")
-    parameters = [p for one in models.values() for name in held_by(one, names) for p in parameters_of(one, name)]
-    if any(parameter.is_meta for parameter in parameters):
+    if any(tensor.is_meta for tensor in tensors):
         raise AdapterStateError(
             "The adapters are offloaded with their model, which moves them itself: nothing to move."
         )
     try:
-        moved = [parameter.detach().to(device) for parameter in parameters]
+        moved = [tensor.detach().to(device) for tensor in tensors]
     except (RuntimeError, AssertionError, TypeError) as error:
         raise AdapterStateError(f"The adapters cannot be moved to {device!r}: {error}") from error
-    if any(parameter.is_meta for parameter in moved):
+    if any(tensor.is_meta for tensor in moved):
         raise AdapterStateError("The device 'meta' keeps no numbers: move the adapters to 'cpu' instead.")
     with changing(*models.values()) as change:
-        for parameter, there in zip(parameters, moved, strict=True):
-            change.on_failure(functools.partial(setattr, parameter, "data", parameter.data))
-            parameter.data = there
+        for tensor, there in zip(tensors, moved, strict=True):
+            change.on_failure(functools.partial(setattr, tensor, "data", tensor.data))
+            tensor.data = there
 
 
 def _fused_in(registry: Registry) -> Sequence[str]:
@@ -248,6 +254,15 @@ def _new_adapter(
     ]
 
 
+def _new_modules(model: nn.Module, config: SerialLoraConfig, name: str) -> dict[str, nn.Module]:
+    """{path: a copy} of the modules that the config saves whole."""
+    found = find_modules(model, config.modules_to_save or ())
+    registry = registry_of(model, create=True)
+    if found:
+        check_modules(model, {**registry.active, name: 1.0}, {name: list(found)})
+    return {path: copied(module, path, None, trainable=True) for path, module in found.items()}
+
+
 def _room(
     model: nn.Module, capacity: tuple[int, int], inputs: Sequence[str] | None, dtype: torch.dtype | None
 ) -> list[tuple[Slot, torch.Tensor]]:
@@ -255,6 +270,11 @@ def _room(
     registry = registry_of(model, create=True)
     check_not_fused(registry, "reserve capacity")
     slots = select_slots(model, SerialLoraConfig(inputs=inputs))
+    if parts := parts_of(model):
+        raise AdapterStateError(
+            f"Adapters of this model bring modules of their own ({', '.join(parts)}; modules_to_save), for which no "
+            "room can be reserved: a compiled graph has one module there. Delete them first."
+        )
     held = {key for key, pair in pairs_of(model).items() if pair.scaling}
     if missing := sorted(held - {slot.key for slot in slots}):
         raise AdapterStateError(f"The adapters already there use pairs that `inputs` leaves out: {missing[:3]}.")
@@ -280,5 +300,5 @@ def remove_adapters(model: nn.Module, names: Sequence[str]) -> None:
         return
     for name in names:
         take_out(model, name)
-    if registry.capacity is None and not all(pair.scaling for pair in pairs_of(model).values()):
+    if registry.capacity is None and has_empty_sites(model):
         drop_empty_sites(model)

@@ -61,7 +61,7 @@ class SavePretrained:
             name
             for name in self.registry.configs
             if any(name in pair.scaling and pair.matrices(name)[0].requires_grad for pair in pairs)
-            and self.registry.saved.get(name) != adapter_checksum(pairs, name)
+            and self.registry.saved.get(name) != adapter_checksum(self.model, name)
         ]
         return " and ".join(map(repr, names))
 

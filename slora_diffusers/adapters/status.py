@@ -10,7 +10,7 @@ from torch import nn
 from ..core.components import adapted, check_known, components_of, has_adapters, is_pipeline
 from ..core.names import split_place
 from ..core.sites import unwrap
-from ..core.state import pairs_of, parameters_of, registry_of
+from ..core.state import modules_of, pairs_of, parameters_of, registry_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SerialLoraStatus:
 
     Args:
         model: Class name of the model.
-        adapters: {name: {"rank", "sites", "pairs", "parameters", "dtype", "device", "trainable"}}.
+        adapters: {name: {"rank", "sites", "pairs", "parameters", "modules", "dtype", "device", "trainable"}}.
         active: Names of the adapters in effect, fused or live.
         weights: {name: weight} of the active ones.
         fused: Names of those that are merged into the weights.
@@ -70,6 +70,8 @@ def serial_lora_status(model: Any) -> Any:
 def serial_lora_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Parameter]:
     """The parameters A (r, d) and B (d, r) of one adapter, or of all, of a model or a pipeline, for an optimizer.
 
+    Those of the modules that it saves whole (`modules_to_save`) follow.
+
     Raises:
         AdapterStateError: If there is no adapter, or none of that name.
     """
@@ -81,19 +83,20 @@ def serial_lora_parameters(model: Any, adapter_name: str | None = None) -> list[
 def _status(model: nn.Module) -> SerialLoraStatus:
     if not has_adapters(model):
         return SerialLoraStatus(type(unwrap(model)).__name__, {}, [], {}, [], 0, 0, None)
-    registry, pairs = registry_of(model), pairs_of(model)
+    registry, pairs, modules = registry_of(model), pairs_of(model), modules_of(model)
     adapters = {}
     for name in registry.configs:
         held = {key: pair.matrices(name) for key, pair in pairs.items() if name in pair.scaling}
-        matrices = [matrix for both in held.values() for matrix in both]
+        tensors = list(parameters_of(model, name))
         adapters[name] = {
             "rank": sorted({A.shape[0] for A, _ in held.values()}),
             "sites": len({split_place(key)[0] for key in held}),
             "pairs": len(held),
-            "parameters": sum(matrix.numel() for matrix in matrices),
-            "dtype": sorted({str(matrix.dtype).removeprefix("torch.") for matrix in matrices}),
-            "device": sorted({str(matrix.device) for matrix in matrices}),
-            "trainable": any(matrix.requires_grad for matrix in matrices),
+            "parameters": sum(tensor.numel() for tensor in tensors),
+            "modules": modules.get(name, []),
+            "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+            "device": sorted({str(tensor.device) for tensor in tensors}),
+            "trainable": any(tensor.requires_grad for tensor in tensors),
         }
     active = registry.fused.weights if registry.fused is not None else registry.active
     return SerialLoraStatus(

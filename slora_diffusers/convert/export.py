@@ -17,7 +17,7 @@ from ..core.components import adapted, is_pipeline
 from ..core.layer import SerialLoraPair
 from ..core.offload import Storage
 from ..core.sites import Slot, find_slots, unwrap
-from ..core.state import Weights, names_with_weights, pairs_of, registry_of, weight_at
+from ..core.state import Weights, modules_of, names_with_weights, pairs_of, registry_of, weight_at
 from ..core.tensors import check_dtype
 from ..errors import AdapterStateError, SerialLoraError
 from ..files.fingerprint import describe_base
@@ -98,6 +98,12 @@ def export_lora(
     models, pipeline = adapted(model_or_pipe, required=False), model_or_pipe if is_pipeline(model_or_pipe) else None
     chosen = _chosen(model_or_pipe, models, adapter_names, weights)
     models = {component: models[component] for component in chosen}
+    for component, names in chosen.items():
+        if whole := sorted({path for name in names for path in modules_of(models[component]).get(name, [])}):
+            raise SerialLoraError(
+                f"No LoRA can hold the modules that the adapter brings whole (modules_to_save): {', '.join(whole)} of "
+                f"{component}. Fuse it and save the model, or pass the adapter's own file on (save_serial_lora)."
+            )
     target = Target(models, pipeline, _origin(models, chosen))
     check_format(format, target)
     _warn_of_no_loader(format, target)

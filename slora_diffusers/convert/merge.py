@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from ..core.components import adapted, check_known, held_by, names_of, per_component
-from ..core.names import split_place
+from ..core.names import split_place, tensor_name
 from ..core.state import Weights, check_new_name, names_with_weights, registry_of, weight_at
 from ..errors import AdapterFileError, AdapterStateError
 from ..files.format import AdapterFile, Component, library_version
@@ -68,6 +70,7 @@ def merge_serial_lora(
         raise AdapterStateError(f"names must be some of {sorted(names_of(models))}; got none.")
     check_known(models, chosen)
     sums: Products = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     for component, one in models.items():
         check_new_name(registry_of(one), new_name)
         states = [
@@ -76,8 +79,10 @@ def merge_serial_lora(
         ]
         if states:
             sums |= weighted_sums(states)
+            modules |= whole_modules(states)
     sums, error, errors = truncate(sums, rank, track)
-    plans = [plan_load(models[c], as_adapter(models[c], pairs), new_name) for c, pairs in sums.items()]
+    made = {c: with_modules(as_adapter(models[c], pairs), modules[c]) for c, pairs in sums.items()}
+    plans = [plan_load(models[c], part, new_name) for c, part in made.items()]
     apply_plans(plans, weight=None)  # beside those that it sums, it would count twice
     parts = [LowRank(A, B) for plan in plans for _, A, B in plan.matrices]
     return MergeReport(adapter_name=new_name, weights=chosen, pairs=len(parts), **sizes(parts, error, errors))
@@ -93,12 +98,14 @@ def merge_files(
             without the base.
     """
     check_rank(rank)
-    if len({frozenset((c, key) for c, part in file.components.items() for key in part.tensors) for file in files}) != 1:
+    if len({frozenset((c, key) for c, part in file.components.items() for key in part.pairs()) for file in files}) != 1:
         raise AdapterFileError(
             "The adapters sit on different places, which takes the base to sort out: merge them with their base "
             "(merge_serial_lora, or `slora merge --base`)."
         )
-    sums, error, errors = truncate(weighted_sums(list(zip(files, weights, strict=True))), rank, track)
+    states = list(zip(files, weights, strict=True))
+    modules = whole_modules(states)
+    sums, error, errors = truncate(weighted_sums(states), rank, track)
     components: dict[str, Component] = {}
     for component, pairs in sums.items():
         part = files[0].components[component]
@@ -108,7 +115,7 @@ def merge_files(
         config = replace(
             part.config, rank=common, alpha=None, rank_pattern=patterns, alpha_pattern={}, rslora=False, dropout=0.0
         )
-        components[component] = Component(adapter_keys(pairs), config, part.base)
+        components[component] = with_modules(Component(adapter_keys(pairs), config, part.base), modules[component])
     parts = [part for pairs in sums.values() for part in pairs.values()]
     named: dict[str, Weights] = {f"{i}": weight for i, weight in enumerate(weights)}
     report = MergeReport(adapter_name="merged", weights=named, pairs=len(parts), **sizes(parts, error, errors))
@@ -130,6 +137,37 @@ def weighted_sums(states: Sequence[tuple[AdapterFile, Weights]]) -> Products:
                     )
                 parts.append(LowRank(part.A, part.B * w))
     return {component: {key: total(parts) for key, parts in pairs.items()} for component, pairs in found.items()}
+
+
+def whole_modules(states: Sequence[tuple[AdapterFile, Weights]]) -> dict[str, dict[str, Tensor]]:
+    """{component: tensors} of the modules that one of the adapters brings whole; those of weight 0 are left out.
+
+    Raises:
+        AdapterFileError: If two bring the same module: there is no sum of modules.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for file, weight in states:
+        for component, part in file.components.items():
+            held = found.setdefault(component, {})
+            for path, tensors in part.modules().items():
+                if not weight_at(path, weight):
+                    continue
+                if any(key.startswith(f"{path}.") for key in held):
+                    raise AdapterFileError(
+                        f"Two of the adapters bring a module of their own at {path!r} (modules_to_save), and modules "
+                        "have no sum: give one of them the weight 0 there ({pattern of the path: 0}), or merge others."
+                    )
+                held |= {tensor_name(path, name): tensor for name, tensor in tensors.items()}
+    return found
+
+
+def with_modules(part: Component, tensors: Mapping[str, Tensor]) -> Component:
+    """A component with whole modules beside its pairs."""
+    if not tensors:
+        return part
+    made = replace(part, tensors={**part.tensors, **tensors})
+    assert part.config is not None
+    return replace(made, config=replace(part.config, modules_to_save=list(made.modules())))
 
 
 def scaled_pairs(file: AdapterFile) -> Products:

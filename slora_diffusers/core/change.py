@@ -25,11 +25,14 @@ from torch import nn
 from ..errors import AdapterStateError
 from .calls import ONE_VERB, WAITING, Turn
 from .layer import SerialLoraPair
+from .marks import PART
 from .names import CONTAINER
+from .parts import SerialLoraPart
 from .sites import unwrap
 
 _PATIENCE = 60.0  # seconds that a verb waits for a forward of another thread
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_always_called")
+_OWN = ("save_pretrained", PART)  # attributes that verbs give to modules
 _FORWARDS = ("_call_impl", "_wrapped_call_impl", "forward")
 
 
@@ -105,12 +108,15 @@ class Snapshot:
         self.trains: list[tuple[nn.Parameter, bool]] = []
         self.modules: list[tuple[nn.Module, type, _Kept | None]] = []
         self.pairs: list[tuple[SerialLoraPair, dict[str, Any], Any]] = []
+        self.parts: list[tuple[SerialLoraPart, dict[str, Any]]] = []
         for module in model.modules():  # thousands, of which few have anything: it takes milliseconds
             state = module.__dict__
             self.modules.append((module, type(module), _Kept(state) if _has_something(state) else None))
             self.trains += [(p, p.requires_grad) for p in state["_parameters"].values() if p is not None]
             if isinstance(module, SerialLoraPair):
                 self.pairs.append((module, _copied(state), module.stacks()))
+            elif isinstance(module, SerialLoraPart):
+                self.parts.append((module, _copied(state)))
 
     def restore(self) -> None:
         """Put it all back."""
@@ -122,6 +128,8 @@ class Snapshot:
         for pair, state, stacks in self.pairs:
             _refill(vars(pair), state)
             pair.restore_stacks(stacks)
+        for part, state in self.parts:
+            _refill(vars(part), state)
         for parameter, trains in self.trains:
             parameter.requires_grad_(trains)
         if self.registry is None:
@@ -140,7 +148,7 @@ class _Kept:
         self.hooks = {name: dict(state.get(name, {})) for name in _HOOKS}
         self.container = container
         self.held = None if container is None else dict(container._modules)
-        self.save_pretrained = state.get("save_pretrained")
+        self.own = {name: state[name] for name in _OWN if name in state}
 
     def put_back(self, module: nn.Module) -> None:
         """Give it back to the module."""
@@ -151,17 +159,16 @@ class _Kept:
         else:
             module._modules[CONTAINER] = self.container
             _refill(self.container._modules, self.held or {})
-        if self.save_pretrained is None:
-            vars(module).pop("save_pretrained", None)
-        else:
-            vars(module)["save_pretrained"] = self.save_pretrained
+        for name in _OWN:
+            vars(module).pop(name, None)
+        vars(module).update(self.own)
 
 
 def _has_something(state: Mapping[str, Any]) -> bool:
     return (
         bool(state["_forward_pre_hooks"] or state["_forward_hooks"])
         or CONTAINER in state["_modules"]
-        or "save_pretrained" in state
+        or any(name in state for name in _OWN)
     )
 
 

@@ -6,6 +6,9 @@ path of the site                          pair           matrix
 
 from __future__ import annotations
 
+MODULES = "modules_to_save"
+"""What stands between a module that was saved whole and its tensors, in a file."""
+
 CONTAINER = "serial_lora"
 """Attribute of a site under which its pairs are registered."""
 
@@ -33,6 +36,17 @@ def split_matrix(key: str) -> tuple[str, str] | None:
         if place != key and is_of_pair(place):
             return place, matrix
     return None
+
+
+def tensor_name(path: str, tensor: str) -> str:
+    """The key of a tensor of a module that was saved whole, in a file: `<path>.modules_to_save.<tensor>`."""
+    return f"{path}.{MODULES}.{tensor}"
+
+
+def split_tensor(key: str) -> tuple[str, str] | None:
+    """(path of the module, its tensor) of a key in a file, or None where it is of no such module."""
+    path, found, tensor = key.partition(f".{MODULES}.")
+    return (path, tensor) if found and path and tensor else None
 
 
 def is_of_pair(name: str) -> bool:

@@ -14,7 +14,8 @@ from ..errors import AdapterStateError
 from .calls import CallState
 from .hooks import Followed
 from .layer import SerialLoraPair
-from .names import matrix_name, split_place
+from .names import matrix_name, split_place, tensor_name
+from .parts import check_one_each, parts_of
 from .sites import Projection, unwrap
 from .tensors import checksum
 
@@ -29,16 +30,21 @@ class Replaced:
     Args:
         projection: Where it is.
         original: The very tensor that it held, to be put back.
-        fused: A (R, d) and B (d, R) of what was merged, by which the fused weight can be made again.
+        fused: A (R, d) and B (d, R) of what was merged, by which the fused weight can be made again; or the tensor
+            itself, of a module that an adapter replaces whole.
         dtype: Dtype of the fused weight.
         checksum: Of its content; whoever changes the weight later changes that.
     """
 
     projection: Projection
     original: Tensor
-    fused: tuple[Tensor, Tensor]
+    fused: tuple[Tensor, ...]
     dtype: torch.dtype
     checksum: tuple[int, int]
+
+    def again(self) -> Tensor:
+        """What the fuse wrote."""
+        return self.fused[0] if len(self.fused) == 1 else self.projection.fused(self.original, *self.fused)
 
 
 @dataclass
@@ -86,27 +92,57 @@ def pairs_of(model: nn.Module) -> dict[str, SerialLoraPair]:
     return {name.replace("_orig_mod.", ""): m for name, m in found if isinstance(m, SerialLoraPair)}
 
 
-def matrices_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """{`<path of the site>.serial_lora.<pair>.lora_A.weight`: parameter} of one adapter: its keys in a file."""
-    return {
+def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """{key in a file: tensor} of one adapter: its pairs' parameters, and those and the buffers of its modules."""
+    matrices = {
         matrix_name(key, which): matrix
         for key, pair in pairs_of(model).items()
         if adapter_name in pair.scaling
         for which, matrix in zip("AB", pair.matrices(adapter_name), strict=True)
     }
+    return matrices | {
+        tensor_name(path, name): tensor
+        for path, part in parts_of(model).items()
+        if adapter_name in part.names
+        for name, tensor in part.copy_of(adapter_name).state_dict(keep_vars=True).items()
+    }
 
 
 def parameters_of(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
-    """The parameters A and B of one adapter, or of all, in the order of the model's modules."""
+    """The parameters A and B of one adapter, or of all, in the order of the model's modules; its modules' follow."""
     pairs = pairs_of(model).values()
     names = [(pair, name) for pair in pairs for name in pair.scaling if adapter_name in (None, name)]
-    return [pair.get_parameter(f"lora_{part}_{name}") for pair, name in names for part in "AB"]
+    matrices = [pair.get_parameter(f"lora_{part}_{name}") for pair, name in names for part in "AB"]
+    parts = [(part, name) for part in parts_of(model).values() for name in part.names if adapter_name in (None, name)]
+    return matrices + [parameter for part, name in parts for parameter in part.copy_of(name).parameters()]
 
 
-def adapter_checksum(pairs: Iterable[SerialLoraPair], adapter_name: str) -> tuple[int, int]:
-    """What tells one state of an adapter from another: sums over the bits of its matrices in these pairs."""
-    matrices = [m for pair in pairs if adapter_name in pair.scaling for m in pair.matrices(adapter_name)]
-    here = [checksum(matrix.detach()) for matrix in matrices if not matrix.is_meta]
+def modules_of(model: nn.Module) -> dict[str, list[str]]:
+    """{adapter: paths of the modules that it has copies of}, without adapters that have none."""
+    found: dict[str, list[str]] = {}
+    for path, part in parts_of(model).items():
+        for name in part.names:
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def check_modules(model: nn.Module, weights: Mapping[str, Weights], coming: Mapping[str, Iterable[str]] = {}) -> None:
+    """Raise AdapterStateError if two adapters, active with these weights, would both stand in one module's place.
+
+    Args:
+        model: The model.
+        weights: {adapter: weight} of all that would be active.
+        coming: {adapter: paths} of one that is not in the model yet.
+    """
+    held = {**modules_of(model), **coming}
+    there = {n: [p for p in held.get(n, ()) if weight_at(p, weight)] for n, weight in weights.items()}
+    for path in [path for paths in there.values() for path in paths]:
+        check_one_each(path, there)
+
+
+def adapter_checksum(model: nn.Module, adapter_name: str) -> tuple[int, int]:
+    """What tells one state of an adapter from another: sums over the bits of its tensors in this model."""
+    here = [checksum(tensor.detach()) for tensor in tensors_of(model, adapter_name).values() if not tensor.is_meta]
     return sum(one for one, _ in here), sum((i + 1) * other for i, (_, other) in enumerate(here))
 
 
@@ -133,7 +169,7 @@ def check_active(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
     registry = registry_of(model)
     check_not_fused(registry, "change the active adapters")
     pairs = pairs_of(model)
-    paths = {split_place(key)[0] for key in pairs}
+    paths = {split_place(key)[0] for key in pairs} | set(parts_of(model))
     for name, weight in chosen.items():
         for pattern, number in weight.items() if isinstance(weight, Mapping) else [(None, weight)]:
             if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < float("inf"):
@@ -143,6 +179,7 @@ def check_active(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
                     f"The pattern {pattern!r} in the weights of {name!r} matches none of the {len(paths)} adapted "
                     f"sites, such as {min(paths, default='')!r}. Patterns are anchored at both ends."
                 )
+    check_modules(model, chosen)
     if registry.capacity is not None:
         for pair in pairs.values():
             check_room(pair, chosen, registry.capacity[0] * registry.capacity[1])

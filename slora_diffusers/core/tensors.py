@@ -18,13 +18,14 @@ def is_plain(W: Tensor) -> bool:
 
 
 def checksum(W: Tensor) -> tuple[int, int]:
-    """Two sums over the bits of a matrix (out, d): equal for equal content, wherever it lies; a glance, not a copy.
+    """Two sums over the bits of a tensor (out, ...): equal for equal content, wherever it lies; a glance, not a copy.
 
     Of a matrix that FSDP2 has sharded it is that of the part here: others need not take part.
     """
     W = W.to_local() if hasattr(W, "to_local") else W  # pyright: ignore[reportAttributeAccessIssue]
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    rows = W.detach().contiguous().view(kinds[W.element_size()]).sum(dim=1, dtype=torch.int64)  # (out,)
+    bits = W.detach().contiguous().reshape(W.shape[0] if W.ndim else 1, -1).view(kinds[W.element_size()])
+    rows = bits.sum(dim=1, dtype=torch.int64)  # (out,)
     order = torch.arange(1, len(rows) + 1, device=rows.device)
     return int(rows.sum()), int((rows * order).sum())
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..config import SerialLoraConfig
-from ..core.names import split_matrix
+from ..core.names import split_matrix, split_tensor
 from ..core.tensors import check_dtype
 from ..errors import AdapterFileError, SerialLoraError
 from .storage import (
@@ -84,7 +84,8 @@ class Component:
     """One model's part of an adapter.
 
     Args:
-        tensors: {`<site>.serial_lora.<pair>.lora_A.weight`: A (r, d), ... `.lora_B.weight`: B (d, r)}.
+        tensors: {`<site>.serial_lora.<pair>.lora_A.weight`: A (r, d), ... `.lora_B.weight`: B (d, r)}, and
+            {`<path>.modules_to_save.<name>`: tensor} of modules that the adapter brings whole.
         config: Its settings; None where the source carries none.
         base: The model that it was trained on.
     """
@@ -97,10 +98,20 @@ class Component:
         """{place: {"A": A, "B": B}}; a key that names no matrix of a pair stands for itself, with nothing in it."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
+            if split_tensor(key) is not None:
+                continue
             place, matrix = split_matrix(key) or (key, None)
             held = found.setdefault(place, {})
             if matrix is not None:
                 held[matrix] = tensor
+        return found
+
+    def modules(self) -> dict[str, dict[str, Tensor]]:
+        """{path: {name: tensor}} of the modules that the adapter saved whole."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            if (split := split_tensor(key)) is not None:
+                found.setdefault(split[0], {})[split[1]] = tensor
         return found
 
 

@@ -26,7 +26,7 @@ from ..core.components import (
     per_component,
     the_adapter,
 )
-from ..core.state import check_new_name, check_not_fused, registry_of
+from ..core.state import check_modules, check_new_name, check_not_fused, registry_of
 from ..errors import AdapterFileError, AdapterStateError
 from .format import AdapterFile, Component
 from .plan import Plan, no_component, plan_load
@@ -114,6 +114,11 @@ def apply_plans(
         left: Models that lose the adapter of that name, because what replaces it has no part for them.
     """
     each = list(weight) if isinstance(weight, Sequence) else [weight] * len(plans)
+    for plan, w in zip(plans, each, strict=True):
+        name = plan.report.adapter_name
+        if w is not None and plan.modules:
+            active = {**registry_of(plan.model, create=True).active, name: w}
+            check_modules(plan.model, active, {name: list(plan.modules)})
     with changing(*(plan.model for plan in plans), *left) as change:
         for plan, w in zip(plans, each, strict=True):
             registry, name = registry_of(plan.model, create=True), plan.report.adapter_name
@@ -121,7 +126,7 @@ def apply_plans(
                 take_out(plan.model, name)
             if plan.trainable:
                 freeze_base(plan.model)
-            put_in(change, plan.model, name, plan.matrices, plan.config, w, plan.trainable)
+            put_in(change, plan.model, name, plan.matrices, plan.config, w, plan.trainable, plan.modules)
             if plan.replaces and registry.capacity is None:
                 drop_empty_sites(plan.model)
         for one in left:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..config import SerialLoraConfig
 from ..core.components import component_name
+from ..core.parts import copied
 from ..core.sites import Slot, find_slots, is_chosen, unwrap
 from ..core.state import Registry, check_new_name, check_not_fused, check_trains, pairs_of, registry_of
 from ..errors import AdapterFileError, AdapterStateError
 from .fingerprint import describe_base, warn_of_other_base
 from .format import AdapterFile, Base, Component
+from .plan_modules import plan_modules
 from .storage import check_finite
 
 
@@ -43,7 +45,8 @@ class LoadReport:
 class Plan:
     """A checked load that has not touched the model yet: the matrices are copies, on the device they go to.
 
-    `replaces` says that it takes the place of the adapter of that name, `trainable` that it goes on training.
+    `replaces` says that it takes the place of the adapter of that name, `trainable` that it goes on training, and
+    `modules` holds its copies of whole modules by their paths.
     """
 
     model: nn.Module
@@ -52,6 +55,7 @@ class Plan:
     report: LoadReport
     replaces: bool = False
     trainable: bool = False
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def plan_load(
@@ -72,7 +76,7 @@ def plan_load(
     matrices = part.pairs()
     if not any(matrices.values()):
         raise no_component(component or component_name(model), AdapterFile({component or "": part}))
-    check_finite({f"{key}.lora_{which}": t for key, both in matrices.items() for which, t in both.items()})
+    check_finite(part.tensors)
     if config is None:
         config = part.config or _guessed_config(matrices)
     slots = {slot.key: slot for slot in find_slots(model)}
@@ -82,24 +86,36 @@ def plan_load(
     unexpected = sorted(set(matrices) - set(slots))
     fitting = {key: slots[key] for key in slots if key in matrices and len(matrices[key]) == 2}
     mismatched = _mismatches(fitting, matrices, config)
+    modules = plan_modules(model, part, config if chosen_by_file else None)
+    missing += modules.missing
+    unexpected += modules.unexpected
+    mismatched |= modules.mismatched
+    config = replace(config, modules_to_save=list(modules.fitting) or None)
     chosen = [(slot, matrices[k]["A"], matrices[k]["B"]) for k, slot in fitting.items() if k not in mismatched]
     if not chosen or (strict and (missing or unexpected or mismatched)):
         wrong = list(mismatched.values())
         raise AdapterFileError(_misfit_message(model, part.base, missing, unexpected, wrong, slots))
     _check_capacity(model, registry, chosen, besides=name)
+    copies = {path: copied(module, path, part.modules()[path], trainable) for path, module in modules.fitting.items()}
+    if copies and registry.capacity is not None:
+        raise AdapterStateError(
+            f"The adapter brings modules of its own ({', '.join(copies)}; modules_to_save), for which no room can be "
+            "reserved. Call unload_serial_lora() first, which lets the reserved room go."
+        )
     if part.base.fingerprint:
         warn_of_other_base("adapter", part.base, describe_base(model, list(slots.values())), stacklevel=4)
     report = LoadReport(
         name,
         len({slot.path for slot, _, _ in chosen}),
         len(chosen),
-        sum(A.numel() + B.numel() for _, A, B in chosen),
+        sum(A.numel() + B.numel() for _, A, B in chosen)
+        + sum(p.numel() for copy in copies.values() for p in copy.parameters()),
         tuple(missing),
         tuple(unexpected),
         tuple(mismatched.values()),
     )
     matrices_there = [(slot, *_copies(slot, A, B, trainable)) for slot, A, B in chosen]
-    return Plan(model, config, matrices_there, report, hotswap, trainable)
+    return Plan(model, config, matrices_there, report, hotswap, trainable, copies)
 
 
 def check_name(registry: Registry, name: str, replaces: bool) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.components import adapted, check_known, held_by, the_adapter
-from ..core.names import matrix_name
+from ..core.names import matrix_name, tensor_name
 from ..core.offload import Storage
+from ..core.parts import parts_of, persistent
 from ..core.sites import unwrap
 from ..core.state import adapter_checksum, pairs_of, registry_of
+from ..errors import AdapterStateError
 from .fingerprint import describe_base
 from .format import AdapterFile, Component, library_version
 from .hub import check_publishing, publish
@@ -87,6 +89,12 @@ def _component(model: nn.Module, name: str) -> Component:
         if name in pair.scaling:
             for which, matrix in zip("AB", pair.kept(storage, name), strict=True):
                 tensors[matrix_name(key, which)] = matrix.detach()
+    for path, part in parts_of(model).items():
+        for key, owner, attribute in persistent(part.copy_of(name)) if name in part.names else ():
+            tensor = storage.peek(owner, attribute)
+            if tensor is None:
+                raise AdapterStateError(f"{path!r} of {name!r} is offloaded and cannot be read. Take the hooks off.")
+            tensors[tensor_name(path, key)] = tensor
     registry = registry_of(model)
-    registry.saved[name] = adapter_checksum(pairs_of(model).values(), name)
+    registry.saved[name] = adapter_checksum(model, name)
     return Component(tensors, registry.configs[name], describe_base(model))

@@ -11,10 +11,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..core.names import split_tensor
 from ..core.tensors import is_finite
 from ..errors import AdapterFileError
 
@@ -124,9 +126,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         temporary.unlink(missing_ok=True)
 
 
+COUNTERS = (torch.int64, torch.int32, torch.bool)
+"""Dtypes that buffers of a whole module may have, such as BatchNorm's number of batches."""
+
+
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise AdapterFileError if a tensor is not of floats, or holds NaN or infinity."""
     for key, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.dtype in COUNTERS and split_tensor(key) is not None:
+            continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise AdapterFileError(f"{key} is {kind}; an adapter's weights are tensors of floats.")

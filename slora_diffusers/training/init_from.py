@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import SerialLoraConfig
 from ..core.pair import GRADIENT
-from ..core.state import matrices_of
+from ..core.state import tensors_of
 from ..errors import SerialLoraError
 from ..files.fingerprint import describe_base, warn_of_other_base
 from ..files.format import AdapterFile, Component
@@ -59,7 +59,7 @@ def start_from(part: Component, model: nn.Module, source: str) -> None:
         SerialLoraError: If they do not fit.
     """
     try:
-        load_parameters(list(matrices_of(model, "default").items()), part.tensors)
+        load_parameters(list(tensors_of(model, "default").items()), part.tensors)
     except SerialLoraError as error:
         raise SerialLoraError(f"--init_from {source} does not fit {type(model).__name__}: {error}") from error
     if part.base.fingerprint:

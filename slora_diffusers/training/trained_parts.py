@@ -16,7 +16,7 @@ from ..core.components import adapted, component_name, has_adapters, the_adapter
 from ..core.names import is_of_pair
 from ..core.processes import is_sharded, whole
 from ..core.sites import unwrap
-from ..core.state import matrices_of, registry_of
+from ..core.state import registry_of, tensors_of
 from ..errors import AdapterFileError, SerialLoraError
 from ..files.fingerprint import describe_base, warn_of_other_base
 from ..files.format import AdapterFile
@@ -147,7 +147,7 @@ def _trained(model: nn.Module, adapter_name: str | None) -> dict[str, Tensor]:
     if head is None or has_adapters(head.backbone):
         component = "model" if head is not None else component_name(model)
         name = adapter_name or the_adapter(adapted(model))
-        named = {f"{component}.{key}": tensor for key, tensor in matrices_of(model, name).items()}
+        named = {f"{component}.{key}": tensor for key, tensor in tensors_of(model, name).items()}
     if head is not None:
         named |= {f"head.{key}": tensor for key, tensor in head.head.state_dict().items()}
     return named
