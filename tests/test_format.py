@@ -83,3 +83,23 @@ def test_a_file_written_by_the_page_alone_loads(tmp_path):
     other = SD3.build()
     sl.load_serial_lora(other, tmp_path)
     assert torch.equal(output_of(other, SD3), output_of(model, SD3))
+
+
+def test_whole_modules_are_under_the_keys_that_the_page_gives(tmp_path):
+    model = SD3.build()
+    add_random_adapter(model, modules_to_save=["proj_out"])
+    path = sl.save_serial_lora(model, tmp_path)
+    assert "`<component>.<path>.modules_to_save.<name>`" in PAGE
+    with safe_open(path, framework="pt") as file:
+        config = json.loads(file.metadata()["serial_lora"])["components"]["transformer"]["config"]
+        keys = [key for key in file.keys() if ".modules_to_save." in key]  # noqa: SIM118 (not a dict)
+        state = {key.removeprefix("transformer.proj_out.modules_to_save."): file.get_tensor(key) for key in keys}
+    assert (
+        config["modules_to_save"] == ["proj_out"]
+        and len(list(reader()(path))) == len(sl.serial_lora_state_dict(model)) // 2 - 1
+    )
+    stock = SD3.build()
+    pairs = {k: t for k, t in sl.serial_lora_state_dict(model).items() if ".modules_to_save." not in k}
+    stock.proj_out.load_state_dict(state)
+    sl.load_serial_lora(stock, pairs, config=sl.SerialLoraConfig(rank=4, alpha=6))
+    assert torch.allclose(output_of(stock, SD3), output_of(model, SD3), atol=1e-6)

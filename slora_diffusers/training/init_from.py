@@ -28,6 +28,8 @@ def start_of(options: AdapterOptions, component: str) -> tuple[SerialLoraConfig,
         SerialLoraError: If the file cannot be read, or an option asks for another shape than it has.
     """
     ours = options.config()
+    if ours.modules_to_save and options.adapter != "serial":
+        raise SerialLoraError(f"--modules_to_save goes with Serial LoRA's pairs; --adapter is {options.adapter}.")
     if options.init_from is None:
         return ours, None
     if options.adapter != "serial":

@@ -90,6 +90,7 @@ class AdapterOptions:
     targets: list[str] | None = option(None, "Regular expressions of the attentions to adapt.")
     exclude: list[str] | None = option(None, "Regular expressions of the attentions to leave out.")
     layers: list[int] | None = option(None, "Blocks to adapt, by index.", within=NOT_NEGATIVE)
+    modules_to_save: list[str] | None = option(None, "Modules that train whole beside the pairs, by name.")
     rank_pattern: dict[str, int] | None = option(None, "Ranks of attentions that match PATTERN=RANK.", within=COUNT)
     alpha_pattern: dict[str, float] | None = option(None, "Alphas of attentions that match PATTERN=ALPHA.", within=ANY)
 
