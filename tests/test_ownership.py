@@ -242,3 +242,68 @@ def test_a_layer_without_a_weight_takes_adapters_and_refuses_what_needs_its_numb
     sl.reserve_serial_lora(model, (4, 1))
     sl.unload_serial_lora(model)
     assert torch.equal(run(model), base)
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["fresh", "after a forward"])
+def test_what_was_fused_before_the_owner_came_is_unfused_or_refused(owner, ran, tmp_path):
+    """Sequential offloading and groups on disk once kept the fused weights, while the status said live."""
+    state = adapter()
+    model = SD3.build()
+    sl.load_serial_lora(model, state, "a0")
+    sl.fuse_serial_lora(model)
+    owner(model)
+    if ran:
+        run(model)
+    assert close(run(model), plain(state))
+    saved = SD3.build()
+    sl.load_serial_lora(saved, sl.save_serial_lora(model, tmp_path / "saved"))
+    assert close(run(saved), plain(state)), "save"
+    try:
+        sl.unfuse_serial_lora(model)
+        refused = False
+    except sl.SerialLoraError as error:
+        assert "offload" in str(error)
+        refused = True
+    assert close(run(model), plain(state)) and bool(sl.serial_lora_status(model).fused) == refused
+    if not refused:
+        with sl.disable_serial_lora(model):
+            assert torch.equal(run(model), plain())
+
+
+@pytest.mark.parametrize("when", ["adapter first", "owner first"])
+@pytest.mark.parametrize("ran", [False, True], ids=["fresh", "after a forward"])
+def test_whole_modules_are_the_plain_models_or_refused(owner, when, ran, tmp_path):
+    trained = SD3.build()
+    add_random_adapter(trained, inputs=INPUTS, modules_to_save=["proj_out", "norm_out.linear"])
+    state, expected = sl.serial_lora_state_dict(trained), run(trained)
+    model = SD3.build()
+    base = run(model)
+    if when == "adapter first":
+        sl.load_serial_lora(model, state, "a0")
+    owner(model)
+    if when == "owner first":
+        sl.load_serial_lora(model, state, "a0")
+    if ran:
+        run(model)
+    saved = SD3.build()
+    sl.load_serial_lora(saved, sl.save_serial_lora(model, tmp_path / "saved"))
+    assert close(run(saved), expected), "save"
+    assert close(run(model), expected), "load"
+    with sl.disable_serial_lora(model):
+        assert torch.equal(run(model), base), "disable"
+    sl.set_serial_lora(model, "a0", 0.0)
+    assert torch.equal(run(model), base), "set"
+    sl.set_serial_lora(model, "a0")
+    try:
+        sl.fuse_serial_lora(model)
+        assert close(run(model), expected), "fuse"
+        sl.unfuse_serial_lora(model)
+    except sl.SerialLoraError as error:
+        assert "ffload" in str(error)
+    assert close(run(model), expected), "unfuse"
+    sl.load_serial_lora(model, state, "a0", hotswap=True)
+    assert close(run(model), expected), "swap"
+    sl.add_serial_lora(model, sl.SerialLoraConfig(rank=2, modules_to_save="pos_embed.proj"), "new")
+    assert close(run(model), expected), "add"
+    sl.unload_serial_lora(model)
+    assert torch.equal(run(model), base), "unload"

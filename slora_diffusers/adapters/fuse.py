@@ -241,6 +241,8 @@ def _check_untouched(model: nn.Module) -> None:
     held = {id(module) for module in unwrap(model).modules()}
     for replaced in registry.fused.originals if registry.fused is not None else ():
         p = replaced.projection
+        if id(p.owner) in held:
+            storage.check_writable(p.owner, p.attribute, "unfuse", p.name)
         W = storage.peek(p.owner, p.attribute) if id(p.owner) in held else None
         if W is None or not (checksum(W) == replaced.checksum or _is_rounded(W, replaced)):
             raise AdapterStateError(
@@ -278,5 +280,6 @@ def _refresh_qkv_copies(change: Change, model: nn.Module) -> None:
                 change.on_failure(
                     _rewriting(storage, Projection(copy, linear, "weight"), storage.data(linear, "weight"))
                 )
+                storage.check_writable(linear, "weight", "change", copy)
                 W = torch.cat([storage.data(getattr(site, part), "weight") for part in parts])
                 storage.write(linear, "weight", W)

@@ -14,6 +14,7 @@ from torch import nn
 from ..config import SerialLoraConfig
 from ..core.change import changing
 from ..core.components import adapted, check_known, denoisers_of, for_each, held_by, per_component
+from ..core.offload import Storage
 from ..core.pair import GRADIENT, new_matrices
 from ..core.parts import copied, find_modules, parts_of
 from ..core.sites import Slot, lora_equivalent, select_slots, unwrap
@@ -260,7 +261,8 @@ def _new_modules(model: nn.Module, config: SerialLoraConfig, name: str) -> dict[
     registry = registry_of(model, create=True)
     if found:
         check_modules(model, {**registry.active, name: 1.0}, {name: list(found)})
-    return {path: copied(module, path, None, trainable=True) for path, module in found.items()}
+    storage = Storage(unwrap(model))
+    return {path: copied(storage, module, path, None, trainable=True) for path, module in found.items()}
 
 
 def _room(

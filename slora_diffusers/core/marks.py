@@ -75,4 +75,4 @@ def _marked(kind: type, marks: frozenset[Hashable]) -> type:
 
 def _new(kind: type, marks: frozenset[Hashable]) -> Any:
     cls = _marked(kind, marks)
-    return cls.__new__(cls)
+    return object.__new__(cls)

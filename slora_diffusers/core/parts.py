@@ -187,16 +187,19 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
     return {path: modules[path] for path in outer}
 
 
-def copied(module: nn.Module, path: str, values: Mapping[str, Tensor] | None, trainable: bool) -> nn.Module:
+def copied(
+    storage: Storage, module: nn.Module, path: str, values: Mapping[str, Tensor] | None, trainable: bool
+) -> nn.Module:
     """A copy of a module for one adapter: without the hooks of others, and with tensors of its own.
 
     Args:
+        storage: Where the weights of the model are kept.
         module: The base's.
         path: Its path, for messages.
         values: Its tensors as a file has them; None takes the base's.
         trainable: Whether its parameters ask for gradients, and so are fp32.
     """
-    storage, memo = Storage(module), _without_hooks(module)
+    memo = _without_hooks(module)
     for prefix, owner in module.named_modules():
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is None or id(tensor) in memo:
