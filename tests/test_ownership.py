@@ -4,6 +4,7 @@ refused in a sentence and changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import nullcontext
 
 import pytest
@@ -260,11 +261,11 @@ def test_what_was_fused_before_the_owner_came_is_unfused_or_refused(owner, ran, 
     assert close(run(saved), plain(state)), "save"
     try:
         sl.unfuse_serial_lora(model)
-        refused = False
+        refused = ""
     except sl.SerialLoraError as error:
-        assert "offload" in str(error)
-        refused = True
-    assert close(run(model), plain(state)) and bool(sl.serial_lora_status(model).fused) == refused
+        refused = str(error)
+    assert "offload" in refused or not refused
+    assert close(run(model), plain(state)) and bool(sl.serial_lora_status(model).fused) == bool(refused)
     if not refused:
         with sl.disable_serial_lora(model):
             assert torch.equal(run(model), plain())
@@ -294,13 +295,11 @@ def test_whole_modules_are_the_plain_models_or_refused(owner, when, ran, tmp_pat
     sl.set_serial_lora(model, "a0", 0.0)
     assert torch.equal(run(model), base), "set"
     sl.set_serial_lora(model, "a0")
-    try:
+    with contextlib.suppress(sl.SerialLoraError):  # where the owner lets nobody write
         sl.fuse_serial_lora(model)
         assert close(run(model), expected), "fuse"
         sl.unfuse_serial_lora(model)
-    except sl.SerialLoraError as error:
-        assert "ffload" in str(error)
-    assert close(run(model), expected), "unfuse"
+    assert close(run(model), expected) and not sl.serial_lora_status(model).fused, "unfuse"
     sl.load_serial_lora(model, state, "a0", hotswap=True)
     assert close(run(model), expected), "swap"
     sl.add_serial_lora(model, sl.SerialLoraConfig(rank=2, modules_to_save="pos_embed.proj"), "new")

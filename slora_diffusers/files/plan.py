@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import SerialLoraConfig
 from ..core.components import component_name
+from ..core.offload import Storage
 from ..core.parts import copied
 from ..core.sites import Slot, find_slots, is_chosen, unwrap
 from ..core.state import Registry, check_new_name, check_not_fused, check_trains, pairs_of, registry_of
@@ -96,7 +97,10 @@ def plan_load(
         wrong = list(mismatched.values())
         raise AdapterFileError(_misfit_message(model, part.base, missing, unexpected, wrong, slots))
     _check_capacity(model, registry, chosen, besides=name)
-    copies = {path: copied(module, path, part.modules()[path], trainable) for path, module in modules.fitting.items()}
+    storage = Storage(unwrap(model))
+    copies = {
+        path: copied(storage, module, path, part.modules()[path], trainable) for path, module in modules.fitting.items()
+    }
     if copies and registry.capacity is not None:
         raise AdapterStateError(
             f"The adapter brings modules of its own ({', '.join(copies)}; modules_to_save), for which no room can be "
