@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -76,3 +77,45 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
     return one == other
+
+
+def check_faults(
+    before: Any,
+    call: Callable[[Any], Any],
+    state: Callable[[Any], Any],
+    lines: Callable[[int], Iterable[int]],
+    within: str = PACKAGE,
+) -> int:
+    """See that a call, whatever line of it fails, leaves the state of before or of after, and can be made again.
+
+    Args:
+        before: A model or a pipeline; every fault gets a copy.
+        call: What is done to it.
+        state: What is compared.
+        lines: From the number of lines that the call runs to those that fail.
+        within: Files under which lines count.
+    """
+    call(copy.deepcopy(before))  # what is remembered (patterns, records) is remembered from here on
+    done = copy.deepcopy(before)
+    torch.manual_seed(0)
+    total = lines_of(lambda: call(done), within)
+    states, wrong = (state(before), state(done)), []
+    for line in lines(total):
+        broken = copy.deepcopy(before)
+        torch.manual_seed(0)
+        fault: BaseException | None = None
+        try:
+            with fault_at(line, within):
+                call(broken)
+        except Fault as raised:
+            fault = raised
+        now = state(broken)
+        if not any(same(now, one) for one in states):
+            wrong.append((line, str(fault), [key for key in now if not same(now[key], states[0][key])]))
+        elif same(now, states[0]):  # a retry starts from a clean model
+            torch.manual_seed(0)
+            call(broken)
+            if not same(state(broken), states[1]):
+                wrong.append((line, str(fault), ["retry"]))
+    assert not wrong, f"{len(wrong)} of {total} lines: {wrong[:5]}"
+    return total

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import random
 
 import pytest
-import torch
 
 import slora_diffusers as sl
 from slora_diffusers.convert.merge import merge_serial_lora
 from tests.adapters import add_random_adapter, output_of
-from tests.faults import PACKAGE, Fault, fault_at, lines_of, same, state_of
+from tests.faults import PACKAGE, check_faults, state_of
 from tests.tiny.models import TINY
 
 # A fault may come inside a destructor or a weak reference's callback, whose exceptions Python reports and swallows.
@@ -76,34 +74,7 @@ def run(model):
 
 def check(verb, lines, within=PACKAGE):
     make, call = VERBS[verb]
-    model = make()
-    call(copy.deepcopy(model))  # what is remembered (patterns, records) is remembered from here on
-    before = state_of(model, lambda: run(model))
-    done = copy.deepcopy(model)
-    torch.manual_seed(0)
-    total = lines_of(lambda: call(done), within)
-    after = state_of(done, lambda: run(done))
-    wrong = []
-    for line in lines(total):
-        broken = copy.deepcopy(model)
-        torch.manual_seed(0)
-        fault = None
-        try:
-            with fault_at(line, within):
-                call(broken)
-        except Fault as raised:
-            fault = raised
-        now = state_of(broken, lambda broken=broken: run(broken))
-        if not same(now, before) and not same(now, after):
-            wrong.append((line, str(fault), [k for k in now if not same(now[k], before[k])]))
-            continue
-        if same(now, before):  # a retry starts from a clean model
-            torch.manual_seed(0)
-            call(broken)
-            if not same(state_of(broken, lambda broken=broken: run(broken)), after):
-                wrong.append((line, str(fault), "retry"))
-    assert not wrong, f"{len(wrong)} of {total} lines: {wrong[:5]}"
-    return total
+    return check_faults(make(), call, lambda model: state_of(model, lambda: run(model)), lines, within)
 
 
 def some(total):
