@@ -28,7 +28,7 @@ FULL = SerialLoraConfig(
 def test_the_defaults_are_the_documented_ones():
     assert dataclasses.asdict(SerialLoraConfig()) == {
         "rank": 16, "alpha": None, "dropout": 0.0, "inputs": None, "targets": None, "exclude": None, "layers": None,
-        "rank_pattern": {}, "alpha_pattern": {}, "rslora": False, "init": "kaiming",
+        "rank_pattern": {}, "alpha_pattern": {}, "rslora": False, "init": "kaiming", "modules_to_save": None,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import SerialLoraConfig
 from ..core.components import component_name
+from ..core.names import split_tensor
 from ..core.offload import Storage
 from ..core.parts import copied
 from ..core.sites import Slot, find_slots, is_chosen, unwrap
@@ -77,7 +78,8 @@ def plan_load(
     matrices = part.pairs()
     if not any(matrices.values()):
         raise no_component(component or component_name(model), AdapterFile({component or "": part}))
-    check_finite(part.tensors)
+    check_finite({f"{key}.lora_{which}": t for key, both in matrices.items() for which, t in both.items()})
+    check_finite({key: tensor for key, tensor in part.tensors.items() if split_tensor(key) is not None})
     if config is None:
         config = part.config or _guessed_config(matrices)
     slots = {slot.key: slot for slot in find_slots(model)}
