@@ -329,3 +329,34 @@ def test_a_fault_at_any_line_leaves_the_model_before_or_after(verb):
     make, call = VERBS[verb]
     lines = lambda total: range(1, total + 1, max(1, total // 25))  # noqa: E731
     check_faults(make(), call, lambda model: state_of(model, lambda: output_of(model, DIT)), lines)
+
+
+def test_counters_in_a_module_go_along_and_the_bases_stay(tmp_path):
+    """A BatchNorm's statistics are the copy's: the base's do not move while the adapter trains."""
+
+    def build():
+        torch.manual_seed(0)
+        model = DIT.build()
+        model.norm_out = nn.BatchNorm1d(16)  # over the tokens
+        return model.eval()
+
+    model = build()
+    base, statistics = output_of(model, DIT), copy.deepcopy(model.norm_out.state_dict())
+    sl.add_serial_lora(model, sl.SerialLoraConfig(rank=2, modules_to_save=["norm_out"]))
+    model.train()
+    for _ in range(3):
+        output_of(model, DIT)
+    model.eval()
+    assert same(dict(model.norm_out.state_dict()), dict(statistics))
+    with sl.disable_serial_lora(model):
+        assert torch.equal(output_of(model, DIT), base)
+    trained_output = output_of(model, DIT)
+    assert not torch.allclose(trained_output, base, atol=1e-3)
+    other = build()
+    sl.load_serial_lora(other, sl.save_serial_lora(model, tmp_path, dtype=torch.float64))
+    assert int(parts_of(other)["norm_out"].copy_of("default").num_batches_tracked) == 3
+    assert torch.allclose(output_of(other, DIT), trained_output, atol=1e-5)
+    sl.fuse_serial_lora(other)
+    assert torch.allclose(output_of(other, DIT), trained_output, atol=1e-5) and other.norm_out.num_batches_tracked == 3
+    sl.unfuse_serial_lora(other)
+    assert other.norm_out.num_batches_tracked == 0

@@ -269,7 +269,7 @@ class AdapterFile:
         path = folder / weight_name
         if is_main_process:
             state = self.state_dict()
-            cast = {key: t if dtype is None else t.to(dtype) for key, t in state.items()}
+            cast = {key: t.to(dtype) if dtype is not None and t.is_floating_point() else t for key, t in state.items()}
             check_finite(cast)
             write_safetensors(path, cast, {HEADER: json.dumps(state.metadata)})
         return path
