@@ -20,7 +20,7 @@ from ..core.state import Registry, check_new_name, check_not_fused, check_trains
 from ..errors import AdapterFileError, AdapterStateError
 from .fingerprint import describe_base, warn_of_other_base
 from .format import AdapterFile, Base, Component
-from .plan_modules import plan_modules
+from .plan_modules import Modules, plan_modules
 from .storage import check_finite
 
 
@@ -99,15 +99,7 @@ def plan_load(
         wrong = list(mismatched.values())
         raise AdapterFileError(_misfit_message(model, part.base, missing, unexpected, wrong, slots))
     _check_capacity(model, registry, chosen, besides=name)
-    storage = Storage(unwrap(model))
-    copies = {
-        path: copied(storage, module, path, part.modules()[path], trainable) for path, module in modules.fitting.items()
-    }
-    if copies and registry.capacity is not None:
-        raise AdapterStateError(
-            f"The adapter brings modules of its own ({', '.join(copies)}; modules_to_save), for which no room can be "
-            "reserved. Call unload_serial_lora() first, which lets the reserved room go."
-        )
+    copies = _module_copies(model, part, modules, registry, trainable)
     if part.base.fingerprint:
         warn_of_other_base("adapter", part.base, describe_base(model, list(slots.values())), stacklevel=4)
     report = LoadReport(
@@ -141,6 +133,19 @@ def no_component(component: str, file: AdapterFile) -> AdapterFileError:
         f"{', '.join(keys[:3]) or 'no key at all'} (components {list(file.components)}). An ordinary LoRA is turned "
         "into a Serial LoRA by compress_lora()."
     )
+
+
+def _module_copies(
+    model: nn.Module, part: Component, modules: Modules, registry: Registry, trainable: bool
+) -> dict[str, nn.Module]:
+    """Of each module that the file brings whole, what the adapter will have in its place."""
+    if modules.fitting and registry.capacity is not None:
+        raise AdapterStateError(
+            f"The adapter brings modules of its own ({', '.join(modules.fitting)}; modules_to_save), for which no room "
+            "can be reserved. Call unload_serial_lora() first, which lets the reserved room go."
+        )
+    storage, given = Storage(unwrap(model)), part.modules()
+    return {path: copied(storage, one, path, given[path], trainable) for path, one in modules.fitting.items()}
 
 
 def _copies(slot: Slot, A: Tensor, B: Tensor, trainable: bool) -> tuple[Tensor, Tensor]:
