@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _NO_WORK = ("aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::detach")
 
@@ -26,6 +28,46 @@ class KernelCount(TorchDispatchMode):
         if not views and func._schema.name not in _NO_WORK:
             self.counts[func._schema.name.removeprefix("aten::")] += 1
         return func(*args, **(kwargs or {}))
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors hold at a time, inside: of those that are given, and of all that are made.
+
+    Args:
+        held: Tensors that are there already.
+        elsewhere: Tensors that do not count, since they lie on another device.
+    """
+
+    def __init__(self, held: Iterable[Any], elsewhere: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._known: dict[int, weakref.ref[Any]] = {}  # storages, by the address of their Python object
+        for tensor in elsewhere:
+            self._add(tensor, counts=False)
+        for tensor in held:
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+
+    def _add(self, tensor: Tensor, counts: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        if (key := id(storage)) in self._known:
+            return
+        size = storage.nbytes() if counts else 0
+
+        def gone(_: Any) -> None:
+            del self._known[key]
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return result
 
 
 def kernels(call: Callable[[], Any]) -> int:

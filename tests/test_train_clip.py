@@ -9,34 +9,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
 from pipelines import classify_images
 from slora_diffusers.errors import SerialLoraError
 from slora_diffusers.files.storage import WEIGHT_NAME
 from slora_diffusers.heads.prompts import SerialLoraForPromptClassification
 from slora_diffusers.recipes import clip as train_clip
-from tests.tiny.pipelines import CORPUS, clip_tokenizer_on
-from tests.tiny.vision import SIZE
-from tests.vision_recipes import QUIET, losses
+from tests.vision_recipes import QUIET, losses, write_clip
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("clip"), clip_tokenizer_on(CORPUS)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    ends = {"bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config={**size, "vocab_size": len(tokenizer), "projection_dim": 16, **ends},
-        vision_config={**size, "image_size": SIZE, "patch_size": 4, "projection_dim": 16},
-        projection_dim=16,
-    )
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def train(clip, stripes, out, *flags):

@@ -114,11 +114,19 @@ def test_an_unknown_flag_ends_the_program(capsys):
     assert "--rnak" in capsys.readouterr().err
 
 
+def test_a_key_that_flags_give_twice_ends_the_program(capsys):
+    with pytest.raises(SystemExit):
+        options(*NEEDED, "--rank_pattern", "a=1", "b=2", "a=3")
+    assert "--rank_pattern: a key is given twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--max_train_steps", "0"], "max_train_steps must be at least 1"),
         (["--rank", "0"], "rank must be at least 1"),
+        (["--run_name", "../elsewhere"], "leads out of --logging_dir"),
+        (["--run_name", "/elsewhere"], "leads out of --logging_dir"),
         (["--adapter", "full", "--quantize", "nf4"], "is for frozen ones"),
     ],
 )

@@ -174,6 +174,28 @@ def test_a_forward_that_fails_leaves_the_weights_at_home(monkeypatch):
     assert_same(learn(name, model), learn(name, plain))
 
 
+def test_weights_that_do_not_fit_go_home_and_the_run_may_go_on(monkeypatch):
+    name = "SD3Transformer2DModel"
+    model, plain = adapted(name), adapted(name)
+    Homes(model, DEVICE, blocks=True, narrow=False)
+    homes = {key: p.data_ptr() for key, p in model.named_parameters()}
+    fetch, calls = Homes._fetch, []
+
+    def full(self, parameter):
+        calls.append(parameter)
+        if len(calls) == 2:  # a bias: its layer's weight is there
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fetch(self, parameter)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Homes, "_fetch", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            loss_of(name, model)
+    assert calls[1].ndim == 1
+    assert {key: p.data_ptr() for key, p in model.named_parameters()} == homes
+    assert_same(learn(name, model), learn(name, plain))
+
+
 # The recipes
 
 QUICK = {

@@ -190,3 +190,24 @@ def test_trackers_that_are_not_there_are_found_before_training(name, message, di
     with pytest.raises(SerialLoraError, match=message):
         train(dit_base, tmp_path / "out", "--max_train_steps", "1", "--report_to", name)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_checkpoint_that_cannot_take_the_place_of_another_leaves_that_one(error, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1, {"step": 1, "of": "before"}, None, lambda folder: (folder / "adapter").touch())
+    replace = checkpoint.os.replace
+
+    def fails_for_the_new_one(source, target):
+        if source.name.endswith(".old.tmp") or target.name.endswith(".old.tmp"):
+            return replace(source, target)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", fails_for_the_new_one)
+        with pytest.raises(error):
+            write_checkpoint(tmp_path, 1, {"step": 1, "of": "now"}, None, lambda folder: None)
+    assert torch.load(tmp_path / "checkpoint-1" / STATE_NAME)["of"] == "before"
+    assert (tmp_path / "checkpoint-1" / "adapter").exists()
+    write_checkpoint(tmp_path, 1, {"step": 1, "of": "now"}, None, lambda folder: None)
+    assert torch.load(tmp_path / "checkpoint-1" / STATE_NAME)["of"] == "now"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]

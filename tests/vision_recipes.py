@@ -6,10 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel
 
 from slora_diffusers.recipes import vit_classification as train_vit_classification
 from slora_diffusers.recipes import vit_segmentation as train_vit_segmentation
+from tests.tiny.pipelines import CORPUS, clip_tokenizer_on
 from tests.tiny.vision import SIZE, VISION
 
 QUIET = ["--validation_steps", "0", "--checkpointing_steps", "0", "--rank", "4", "--train_batch_size", "4"]
@@ -75,3 +78,19 @@ def segment(vit_base, scenes, out, *flags):
 def losses(out) -> list[float]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
+
+
+def write_clip(folder):
+    """Save a tiny CLIP with its tokenizer; returns the folder."""
+    tokenizer = clip_tokenizer_on(CORPUS)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    ends = {"bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**size, "vocab_size": len(tokenizer), "projection_dim": 16, **ends},
+        vision_config={**size, "image_size": SIZE, "patch_size": 4, "projection_dim": 16},
+        projection_dim=16,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

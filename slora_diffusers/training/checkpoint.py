@@ -57,12 +57,19 @@ def write_checkpoint(
         file.flush()
         os.fsync(file.fileno())
     extra(temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(temporary, target)
+    old = temporary.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    if target.exists():  # of another run: whole until the new one takes its place
+        os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
     if limit is not None:
-        for old in checkpoints(output_dir)[: -max(limit, 1)]:
-            shutil.rmtree(old)
+        for oldest in checkpoints(output_dir)[: -max(limit, 1)]:
+            shutil.rmtree(oldest)
     return target
 
 

@@ -178,7 +178,9 @@ class _Mapping(argparse.Action):
     """KEY=VALUE entries as a dict; the last "=" divides, for keys may be regular expressions."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, dict(values))
+        if len(given := dict(values)) < len(values):
+            parser.error(f"argument {option_string}: a key is given twice")
+        setattr(namespace, self.dest, given)
 
 
 def _converter(spec: Spec, kind: Kind) -> Callable[[str], Any]:

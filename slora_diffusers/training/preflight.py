@@ -28,6 +28,8 @@ def check_options(options: BaseOptions) -> None:
     ADAPTERS[options.adapter].check()
     if Path(options.output_dir).is_file():
         raise SerialLoraError(f"--output_dir {options.output_dir} is a file.")
+    if options.run_name and (Path(options.run_name).is_absolute() or ".." in Path(options.run_name).parts):
+        raise SerialLoraError(f"--run_name {options.run_name} leads out of --logging_dir: give a name.")
     for tracker in options.report_to or ():
         check_tracker(tracker)
     if options.optimizer == "prodigy" and options.lora_plus_ratio != 1:

@@ -148,18 +148,18 @@ class Homes:
         if module in self._away:  # it calls itself
             return
         away = {name: p for name, p in module._parameters.items() if p is not None and p in self._widths}
+        self._away[module] = away  # first: not all of them may fit
         for name, parameter in away.items():
             # Another tensor in its place, not another `.data`: autograd and recomputation hold on to the tensor.
             copy = nn.Parameter(self._fetch(parameter), requires_grad=False)
             self._here[_storage(copy)] = parameter
             module._parameters[name] = copy
-        self._away[module] = away
 
     def _go(self, module: nn.Module, args: Any, output: Any) -> None:
         for name, parameter in self._away.pop(module, {}).items():
             copy = module._parameters[name]
             assert copy is not None
-            del self._here[_storage(copy)]
+            self._here.pop(_storage(copy), None)
             module._parameters[name] = parameter
 
     def _note(self, module: nn.Module, args: Any) -> None:
