@@ -119,7 +119,7 @@ REGIONS = {
         "training-memory": training_memory.states_table,
         "training-peaks": training_memory.peaks_table,
     },
-    ROOT / "docs" / "vision.md": {
+    ROOT / "docs" / "vision-results.md": {
         "vit-scores": report.vit_scores_table,
         "vit-differences": report.vit_differences_table,
         "vit-variations": report.vit_variations_table,
