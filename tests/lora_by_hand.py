@@ -32,7 +32,7 @@ READS = {
     "attention_output": ("o_proj", "out_proj", "proj", "o", "dense", "output.dense", "c_proj", "out_lin", "Wo"),
     "feed_forward": (
         *("fc1", "lin1", "proj_in", "gate_proj", "up_proj", "wi", "wi_0", "wi_1", "fc1_g", "fc1_x", "gate_up_proj"),
-        *("fc_in", "c_fc", "linear_fc1", "dense_h_to_4h", "Wi", "dense"),
+        *("fc_in", "c_fc", "linear_fc1", "dense_h_to_4h", "Wi", "dense", "weights_in"),
     ),
     "encoder_hidden_states": ("k", "v", "k_proj", "v_proj", "key", "value", "c_attn"),
     "reduced_states": ("k_proj", "v_proj"),
@@ -74,7 +74,7 @@ def matrices(model: nn.Module, path: str, pair: str) -> Iterator[Tensor]:
     """The weights (out, d) that a pair of a site feeds, as views that can be written."""
     site = model.get_submodule(path)
     names = READS[pair]
-    if pair == "hidden_states" and (path.endswith(CROSS) or type(site).__name__ == "SegformerAttention"):
+    if pair == "hidden_states" and (path.endswith(CROSS) or type(site).__name__.startswith("Segformer")):
         names = QUERIES
     for name in names:
         try:

@@ -47,6 +47,7 @@ def run(files, out, *flags) -> dict:
     return json.loads(next(out.glob("*.json")).read_text())
 
 
+@pytest.mark.slow
 def test_methods_cost_what_they_say_and_runs_are_kept(files, tmp_path, capsys):
     results = run(files, tmp_path, "--methods", *METHODS)
     d, blocks = 16, 2

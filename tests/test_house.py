@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import slora_diffusers as sl
+from docs.house import figures, looking_into_headers
 from slora_diffusers.loader import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,6 +127,27 @@ def test_only_the_loader_and_the_package_import_diffusers():
     core = [name for name in MODULES if floor_of(name)[1] <= FLOOR["loader"] and name != "loader"]
     assert len(core) > 20
     assert {name for name in core if "diffusers" in imports_of(MODULES[name], lazy=False)[1]} == set()
+
+
+def test_one_module_knows_an_adapters_header_and_two_the_note_in_an_export():
+    assert looking_into_headers(PACKAGE) == ["convert/describe.py", "convert/layouts/write.py", "files/format.py"]
+
+
+def test_the_root_keeps_a_handful_of_modules():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {
+        "__init__", "config", "errors", "loader", "peft_names", "verbs",
+    }  # fmt: skip
+
+
+def test_the_figures_count_what_lies_there(tmp_path):
+    package = tmp_path / "slora_diffusers"
+    (package / "training").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text('def f():\n    """Says."""\n    return header.get("components")\n')
+    (package / "training" / "__init__.py").write_text("class O:\n    rank: int = option(4, 'Rank.')\n")
+    (package / "training" / "bounds.py").write_text("LEAST = {'rank': 1}\n")
+    counted = figures(tmp_path)
+    assert list(counted.values()) == ["1", "1", "2, 3", "2, 2", "1", "2.00, 2"]
 
 
 def lines_of(node):

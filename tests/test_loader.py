@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -155,19 +156,25 @@ def test_the_scale_of_the_attention_kwargs_is_understood():
     assert torch.equal(torch.from_numpy(got), wanted)
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
+def test_pipelines_have_the_verbs_whichever_package_is_imported_first():
+    """Each order in a process of its own, forked from one that has imported what all of them need."""
+    orders = [
         "import slora_diffusers, diffusers",
         "import diffusers, slora_diffusers",
         "import slora_diffusers\nfrom diffusers import WanPipeline",
         "from diffusers import WanPipeline\nimport slora_diffusers",
         "from slora_diffusers import SerialLoraConfig\nimport diffusers",
-    ],
-)
-def test_pipelines_have_the_verbs_whichever_package_is_imported_first(imports):
-    code = f"{imports}\nfrom diffusers import DiffusionPipeline\nassert DiffusionPipeline.load_serial_lora"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ]
+    code = f"""
+    import os, torch, transformers
+    for order in {orders!r}:
+        if not (child := os.fork()):
+            exec(order)
+            from diffusers import DiffusionPipeline
+            os._exit(0 if DiffusionPipeline.load_serial_lora else 1)
+        assert os.waitpid(child, 0)[1] == 0, order
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

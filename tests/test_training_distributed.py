@@ -118,6 +118,7 @@ def test_ending_accelerate_launch_saves_a_checkpoint_and_ends_the_run(base, tmp_
     assert log(out, "loss") == steps and checkpoint.name == f"checkpoint-{max(steps)}"
 
 
+@pytest.mark.slow  # four runs; two processes that equal one are tested above
 def test_two_processes_train_a_vision_model_whose_weights_are_not_all_used(vit_base, stripes, scenes, tmp_path):
     """DINOv2's mask token, and the pairs of blocks after the last one that the head reads, get no gradient."""
     common = ["--pretrained_model_name_or_path", str(vit_base), "--rank", "4", "--max_train_steps", "3"]
