@@ -325,3 +325,30 @@ def test_the_model_is_as_it_was(tmp_path):
     sl.export_lora(model, Path(tmp_path), format="peft", rank=2, dtype=torch.bfloat16)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "adapter_model.safetensors").values())
+
+
+@pytest.mark.parametrize("verb", ["export", "merge"])
+def test_weights_of_a_pipelines_components_and_sites_hold_and_unknown_ones_are_refused(verb, tmp_path):
+    pipe = tiny_dit_pipeline()
+    add_random_adapter(pipe.transformer, "one", 1)
+
+    def norms(weight):
+        if verb == "export":
+            sl.export_lora(pipe, tmp_path / str(len(list(tmp_path.iterdir()))), "one", "peft", weights=[weight])
+            (file,) = sorted(tmp_path.glob("*/transformer/adapter_model.safetensors"), key=str)[-1:]
+            tensors = load_file(file)
+        else:
+            sl.merge_serial_lora(pipe, ["one"], [weight], "sum")
+            tensors = sl.serial_lora_state_dict(pipe.transformer, "sum")
+            sl.delete_serial_lora(pipe, "sum")
+        return {key: t.norm().item() for key, t in tensors.items() if "lora_B" in key and t.any()}
+
+    whole = norms(1.0)
+    second = {key: 0.5 * norm for key, norm in whole.items() if ".1." in key}
+    assert len(whole) == 2 * len(second) > 0
+    for weight in ({r".*\.0\..*": 0.0, ".*": 0.5}, {"transformer": {r".*\.0\..*": 0.0, ".*": 0.5}}):
+        assert norms(weight) == pytest.approx(second, rel=1e-5)
+    assert norms({"transformer": 0.5}) == pytest.approx({key: 0.5 * norm for key, norm in whole.items()}, rel=1e-5)
+    for wrong in ({"block.9": 0.0}, {"transformer": {"block.9": 0.0}}, float("nan"), True):
+        with pytest.raises(sl.SerialLoraError, match=r"matches none|finite"):
+            norms(wrong)

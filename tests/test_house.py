@@ -36,6 +36,7 @@ FLOORS = (
     ("serving",),
     ("demo",),
     ("recipes",),
+    ("app",),
     ("cli",),
     ("serving.serve_app",),
 )

@@ -1,4 +1,4 @@
-"""The `slora` command: demo, inspect, export, compress, merge, fuse, verify, serve."""
+"""The `slora` command: demo, inspect, export, compress, merge, fuse, verify, serve, compare."""
 
 import sys
 from typing import Any
@@ -9,7 +9,7 @@ NEEDED = ("typer", "rich")
 def main() -> None:
     """Run the command; where its extra is not installed, say so in one line."""
     try:
-        from .serve import app
+        from .look import app
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:
             raise
@@ -19,7 +19,7 @@ def main() -> None:
 
 def __getattr__(name: str) -> Any:
     if name == "app":  # the typer application, imported when it is asked for
-        from .serve import app
+        from .look import app
 
         return app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

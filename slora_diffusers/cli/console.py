@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -81,6 +81,19 @@ def working(what: str) -> Iterator[None]:
     else:
         _line(f"{what} ...")
         yield
+
+
+@contextmanager
+def drawing(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Give what shows progress when it is told of the steps done and of all steps."""
+    if not ERR.is_terminal:
+        _line(f"{what} ...")
+        yield lambda done, steps: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=ERR, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, steps: progress.update(task, completed=done, total=steps)
 
 
 def _with_lines(items: Sequence[Any], description: str) -> Iterable[Any]:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ..adapters.fuse import base_weights
-from ..core.components import adapted, is_pipeline
+from ..core.components import adapted, is_pipeline, per_component
 from ..core.layer import SerialLoraPair
 from ..core.offload import Storage
 from ..core.sites import Slot, find_slots, unwrap
-from ..core.state import Weights, modules_of, names_with_weights, pairs_of, registry_of, weight_at
+from ..core.state import Weights, check_weights, modules_of, names_with_weights, pairs_of, registry_of, weight_at
 from ..core.tensors import check_dtype
 from ..errors import AdapterStateError, SerialLoraError
 from ..files.fingerprint import describe_base
@@ -78,7 +78,8 @@ def export_lora(
             for what takes a call of its own, such as Wan 2.2's second transformer), "peft"
             (`adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained`; a folder for each
             component of a pipeline), or "kohya" (the original module names, for ComfyUI and sd-scripts).
-        weights: One weight for all named adapters, or one for each; `None` keeps those that are set, else 1.
+        weights: One weight for all named adapters, or one for each, as `set_serial_lora` takes them; `None` keeps those
+            that are set, else 1.
         rank: Truncate every module to this rank by SVD; "auto" takes the least rank of each that loses no more than
             `dtype` rounds away; `None` is exact. The report has the error.
         dtype: Dtype to store; `None` is fp32.
@@ -206,14 +207,19 @@ def _chosen(
         known = {name for registry in registries.values() for name in registry.configs}
         if unknown := sorted(set(named) - known):
             raise AdapterStateError(f"Unknown adapter {unknown}; there are {sorted(known)}.")
+        parts = {name: {c: models[c] for c, r in registries.items() if name in r.configs} for name in named}
+        given = {name: per_component(weight, parts[name]) for name, weight in named.items()}
         chosen = {
             component: {
-                name: registry.active.get(name, 1.0) if weights is None else weight
-                for name, weight in named.items()
+                name: registry.active.get(name, 1.0) if weights is None else given[name][component]
+                for name in named
                 if name in registry.configs
             }
             for component, registry in registries.items()
         }
+        if weights is not None:
+            for component, each in chosen.items():
+                check_weights(models[component], each)
     chosen = {component: names for component, names in chosen.items() if names}
     if not chosen:
         raise AdapterStateError(

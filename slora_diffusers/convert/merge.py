@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.components import adapted, check_known, held_by, names_of, per_component
 from ..core.names import split_place, tensor_name
-from ..core.state import Weights, check_new_name, names_with_weights, registry_of, weight_at
+from ..core.state import Weights, check_new_name, check_weights, names_with_weights, registry_of, weight_at
 from ..errors import AdapterFileError, AdapterStateError
 from ..files.format import AdapterFile, Component, library_version
 from ..files.load import apply_plans, plan_load
@@ -73,10 +73,9 @@ def merge_serial_lora(
     modules: dict[str, dict[str, Tensor]] = {}
     for component, one in models.items():
         check_new_name(registry_of(one), new_name)
-        states = [
-            (adapter_file(one, name, component), per_component(chosen[name], models)[component])
-            for name in held_by(one, chosen)
-        ]
+        each = {name: per_component(chosen[name], models)[component] for name in held_by(one, chosen)}
+        check_weights(one, each)
+        states = [(adapter_file(one, name, component), weight) for name, weight in each.items()]
         if states:
             sums |= weighted_sums(states)
             modules |= whole_modules(states)

@@ -169,7 +169,16 @@ def check_active(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
     registry = registry_of(model)
     check_not_fused(registry, "change the active adapters")
     pairs = pairs_of(model)
-    paths = {split_place(key)[0] for key in pairs} | set(parts_of(model))
+    check_weights(model, chosen)
+    check_modules(model, chosen)
+    if registry.capacity is not None:
+        for pair in pairs.values():
+            check_room(pair, chosen, registry.capacity[0] * registry.capacity[1])
+
+
+def check_weights(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
+    """Raise AdapterStateError unless weights are finite numbers, and each of their patterns matches an adapted site."""
+    paths = {split_place(key)[0] for key in pairs_of(model)} | set(parts_of(model))
     for name, weight in chosen.items():
         for pattern, number in weight.items() if isinstance(weight, Mapping) else [(None, weight)]:
             if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < float("inf"):
@@ -179,10 +188,6 @@ def check_active(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
                     f"The pattern {pattern!r} in the weights of {name!r} matches none of the {len(paths)} adapted "
                     f"sites, such as {min(paths, default='')!r}. Patterns are anchored at both ends."
                 )
-    check_modules(model, chosen)
-    if registry.capacity is not None:
-        for pair in pairs.values():
-            check_room(pair, chosen, registry.capacity[0] * registry.capacity[1])
 
 
 def check_room(pair: SerialLoraPair, names: Mapping[str, Weights], room: int) -> None:

@@ -1,0 +1,1 @@
+"""A page to look at adapters with, and what it does, in plain functions: `slora app` and `slora compare`."""
