@@ -6,6 +6,7 @@ python -m docs.build_tables --check    say what is out of date, and fail
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Collection
 from functools import cache
@@ -15,6 +16,7 @@ from benchmarks import front, report, starts, training_memory
 from benchmarks.published import PUBLISHED, published
 from slora_diffusers import SerialLoraConfig, add_serial_lora, unload_serial_lora
 from slora_diffusers.adapters.lifecycle import AddReport
+from slora_diffusers.loader import VERBS, SerialLoraLoaderMixin
 from slora_diffusers.records import audio, image, text, video, vision
 from slora_diffusers.records.registry import REFUSED, Architecture, Pair
 from tests import loras
@@ -66,6 +68,21 @@ def full_tables() -> str:
     return "\n\n".join(parts)
 
 
+def verbs() -> str:
+    """The signature of every verb of a pipeline."""
+    rows = ["| Method | The function's own text |", "| --- | --- |"]
+    for name in VERBS:
+        parameters = list(inspect.signature(vars(SerialLoraLoaderMixin)[name]).parameters.values())[1:]
+        shown = ", ".join(str(p.replace(annotation=p.empty, default=_plain(p.default))) for p in parameters)
+        rows.append(f"| `pipe.{name}({shown})` | [{name}](#slora_diffusers.{name}) |")
+    return "\n".join(rows)
+
+
+def _plain(default: object) -> object:
+    """A default that is written as code is."""
+    return inspect.Parameter.empty if callable(default) else default
+
+
 def refusals() -> str:
     """The classes that are refused, with the reason."""
     if not REFUSED:
@@ -104,6 +121,7 @@ def _layout_cell(names: list[str], read: Collection[str], written: Collection[st
 
 
 REGIONS = {
+    ROOT / "docs" / "api.md": {"verbs": verbs},
     ROOT / "docs" / "convert.md": {"layouts": layouts},
     ROOT / "docs" / "architectures.md": {"families": families, "architectures": full_tables, "refusals": refusals},
     ROOT / "docs" / "counts.md": {"counts": counts},

@@ -29,6 +29,7 @@ def test_demo_makes_what_it_says(tmp_path, short):
     result = run.run_demo(tmp_path / "demo", console=console, part="generation")
     printed = console.file.getvalue()
     assert "Drawing with the base ..." in printed.splitlines()  # no terminal, so a line as each task begins
+    assert any(line.startswith("Serial LoRA (loss ") and line.endswith("): 3/3") for line in printed.splitlines())
     assert list(result.files) == ["contact sheet", "adapter", "metrics"] and result.vision is None
     for path in result.files.values():
         assert path.exists() and str(path) in printed

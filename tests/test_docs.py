@@ -12,18 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 
 import slora_diffusers as sl
+from slora_diffusers.loader import VERBS
 from slora_diffusers.recipes import catalog
 from slora_diffusers.training.parsing import parse
 from tests.adapters import add_random_adapter
+from tests.test_vision_promptable import batch, sam
+from tests.test_vision_prompts import tokenizer
 from tests.tiny.pipelines import tiny_dit_pipeline, tiny_sd3_pipeline
 from tests.tiny.vision import SIZE, VISION
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-RUN = ("README", "index", "concepts", "choosing", "adapters")
+RUN = ("README", "index", "concepts", "choosing", "adapters", "api")
 SD3 = ("stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3-medium-diffusers")
 
 
@@ -56,10 +60,19 @@ def world(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_blocks_of_a_page_run_one_after_the_other(page, world):
+def test_blocks_of_a_page_run_one_after_the_other(page, world, monkeypatch):
     code = blocks(page_of(page), "python")
     images, labels = torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1])
     names: dict[str, Any] = {"model": VISION["ViTForImageClassification"].build(), "batches": [(images, labels)]}
+    if page == "api":
+        pretend = {"facebook/dinov2-small": VISION["Dinov2Model"].build(), "facebook/sam-vit-base": sam()}
+        pretend["openai/clip-vit-base-patch32"] = VISION["CLIPModel"].build()
+        for name, model in pretend.items():
+            model.save_pretrained(name)
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+        inputs = batch()
+        names |= {"pixel_values": inputs["pixel_values"], "labels": labels, "objects": inputs["masks"]}
+        names["boxes"] = inputs["input_boxes"]
     assert code
     for number, block in enumerate(code):
         exec(compile(block, f"{page}.md, block {number + 1}", "exec"), names)
@@ -104,8 +117,11 @@ def test_command_is_one_that_the_recipe_takes(page, command, tmp_path, monkeypat
 
 def anchors(path: Path) -> set[str]:
     """The places in a page that a link can name."""
-    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+    text = path.read_text(encoding="utf-8")
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {*re.findall(r"^::: (\S+)$", text, re.MULTILINE)} | {
+        re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles
+    }
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda path: path.stem)
@@ -119,6 +135,10 @@ def test_links_lead_somewhere(path):
 
 
 def test_api_page_has_every_public_name():
-    listed = re.findall(r"^::: slora_diffusers\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs" / "api.md").read_text()
+    listed = re.findall(r"^::: slora_diffusers\.(\w+)$", page, re.MULTILINE)
     assert sorted(listed) == sorted(sl.__all__)
     assert all(getattr(sl, name).__doc__ for name in listed)
+    code = "\n".join(blocks(ROOT / "docs" / "api.md", "python"))
+    assert [name for name in listed if not re.search(rf"\b{name}\b", code)] == []
+    assert [verb for verb in VERBS if f"pipe.{verb}(" not in code or f"`pipe.{verb}(" not in page] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def run_demo(
 
 
 class _Lines(Progress):
-    """Where nothing can be drawn over, as in a log: a line as each task begins, and no bars."""
+    """Where nothing can be drawn over, as in a log: a line as each task begins and after every quarter, and no bars."""
 
     def __init__(self, *columns: Any, console: Console) -> None:
         super().__init__(*columns, console=console, disable=True)
@@ -99,6 +100,22 @@ class _Lines(Progress):
         """Print the task's name and keep it, as a `Progress` does."""
         self.console.print(f"{description} ...", highlight=False)
         return super().add_task(description, *arguments, **more)
+
+    def track(
+        self, sequence: Any, total: float | None = None, *_: Any, description: str = "", **__: Any
+    ) -> Iterator[Any]:
+        """Go through a sequence, as a `Progress` does."""
+        task = self.add_task(description, total=len(sequence) if total is None else total)
+        for item in sequence:
+            yield item
+            self.update(task, advance=1)
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Note how far a task is; print it after every quarter."""
+        super().update(task_id, **changes)
+        task = next(task for task in self.tasks if task.id == task_id)
+        if task.total and task.completed % max(1, task.total // 4) == 0:
+            self.console.print(f"{task.description}: {task.completed:.0f}/{task.total:.0f}", highlight=False)
 
 
 def _summarise(console: Console, face: Face, result: DemoResult) -> None:
