@@ -278,13 +278,14 @@ def test_a_pair_follows_its_module_in_train_eval_and_dtype():
 
 def test_reserved_room_keeps_shapes_and_gives_the_equation():
     pair, x = pair_with((4, 2), {}, trainable=False), torch.randn(7, D)
-    pair.reserve(8, torch.zeros(()))
-    shapes = [tuple(m.shape) for m in (pair.stacked_A, pair.stacked_B)]
-    assert shapes == [(8, D), (D, 8)]
+    pair.reserve(8, 4, torch.zeros(()))
+    shapes = [tuple(m.shape) for m in pair.reserved.buffers()]
+    assert shapes == [(8, D), (D, 8), (4, 8), (2,)]
     for weights in ({}, {"a0": 1.0}, {"a0": 0.5, "a1": -1.0}, {"a1": 2.0}):
         pair.activate(weights)
-        assert torch.allclose(pair(x).double(), equation(pair, x, weights), atol=1e-5)
-        assert [tuple(m.shape) for m in (pair.stacked_A, pair.stacked_B)] == shapes
+        for got in (pair(x), pair.reserved(x, len(x))):
+            assert torch.allclose(got.double(), equation(pair, x, weights), atol=1e-5)
+        assert [tuple(m.shape) for m in pair.reserved.buffers()] == shapes
 
 
 def test_each_sample_of_a_batch_goes_through_its_own_adapter():

@@ -6,10 +6,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+from torch import nn
+
 from ..core.batch import samples_of
 from ..core.components import adapted, check_known
+from ..core.entry import watch
+from ..core.gate import set_gate
 from ..core.hooks import check_scale
 from ..core.parts import parts_of
+from ..core.sites import unwrap
 from ..core.state import check_not_fused, registry_of
 from ..errors import AdapterStateError
 
@@ -17,8 +22,9 @@ from ..errors import AdapterStateError
 def serial_lora_scale(model: Any, scale: float) -> AbstractContextManager[None]:
     """Scale every active adapter inside the block: `x~ = x + scale sum_i w_i s_i B_i A_i x`. Blocks multiply.
 
-    Only this thread sees it, and nothing in the model changes. A model compiled with `fullgraph=True` refuses it
-    when it runs; others leave the compiled graph for the block.
+    Only this thread sees it, and nothing in the model changes. A compiled model follows without compiling anything
+    if it has reserved capacity (`reserve_serial_lora`). Without, it refuses when it runs if it was compiled with
+    `fullgraph=True`, and leaves the graph for the block if not.
 
     Args:
         model: A model with adapters, or a pipeline, over its components that have some.
@@ -27,9 +33,10 @@ def serial_lora_scale(model: Any, scale: float) -> AbstractContextManager[None]:
     Raises:
         AdapterStateError: If there is no adapter, or they are fused and the scale is not 1.
     """
-    calls = [registry_of(one).call for one in adapted(model).values()]
+    models = adapted(model)
+    calls = [registry_of(one).call for one in models.values()]
     scales = [call.current().scale * check_scale(scale, call) for call in calls]
-    return _all(call.changed(scale=s) for call, s in zip(calls, scales, strict=True))
+    return _all(models.values(), [call.changed(scale=s) for call, s in zip(calls, scales, strict=True)])
 
 
 def disable_serial_lora(model: Any) -> AbstractContextManager[None]:
@@ -72,12 +79,25 @@ def serial_lora_batch(
         for part in parts_of(one).values():
             part.owner(held)  # says if the samples need different modules
         states.append(registry.call.changed(samples=held, images=images_per_prompt, rows=None, stacks={}))
-    return _all(states)
+    return _all(models.values(), states)
 
 
 @contextmanager
-def _all(blocks: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+def _all(models: Iterable[nn.Module], blocks: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
     with ExitStack() as stack:
+        reserved = [model for model in models if registry_of(model).capacity is not None]
+        for model in reserved:
+            watch(model)
+            stack.callback(_show, model)  # the state outside, once the blocks are closed
         for block in blocks:
             stack.enter_context(block)
+        for model in reserved:
+            _show(model)
         yield
+
+
+def _show(model: nn.Module) -> None:
+    """Write the state that holds now into the operands that graphs read."""
+    registry = vars(unwrap(model)).get("_serial_lora")
+    if registry is not None and registry.capacity is not None:
+        set_gate(unwrap(model), registry.call)

@@ -212,25 +212,33 @@ def unload_serial_lora(model: Any) -> None:
 
 
 def reserve_serial_lora(
-    model: Any, capacity: tuple[int, int], inputs: Sequence[str] | None = None, dtype: torch.dtype | None = None
+    model: Any,
+    capacity: tuple[int, int],
+    inputs: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    samples: int = 64,
 ) -> None:
     """Reserve room for swapping adapters without recompiling; call it before `torch.compile`.
 
     Every site gets operands of the fixed shapes (R, d) and (d, R), with R = max_rank * max_adapters. Loading, setting
-    and deleting adapters then changes values in place, and no shape, guard or graph.
+    and deleting adapters then changes values in place, and no shape, guard or graph; so do `serial_lora_scale`,
+    `disable_serial_lora` and `serial_lora_batch`, whose adapters, all that a batch has together, need the same room.
 
     Args:
         model: Any model that a record covers, compiled or about to be; or a pipeline, over its transformers.
-        capacity: (largest rank of an adapter, largest number of active adapters).
+        capacity: (largest rank of an adapter, largest number of adapters at once).
         inputs: Names of the inputs to reserve for; `None` takes all but the optional ones.
         dtype: Dtype of the operands; `None` takes the model's own.
+        samples: Samples of a batch that can have adapters of their own (`serial_lora_batch`).
 
     Raises:
-        SerialLoraError: If the capacity is not two whole numbers of at least 1, or adapters are fused.
+        SerialLoraError: If capacity or samples are not whole numbers of at least 1, or adapters are fused.
     """
     if len(capacity) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in capacity):
         raise AdapterStateError(f"capacity must be (max_rank, max_adapters), both at least 1; got {capacity!r}.")
     check_dtype(dtype)
+    if type(samples) is not int or samples < 1:
+        raise AdapterStateError(f"samples must be a whole number of at least 1; got {samples!r}.")
     models = denoisers_of(model)
     room = {component: _room(one, capacity, inputs, dtype) for component, one in models.items()}
     with changing(*models.values()):
@@ -238,7 +246,7 @@ def reserve_serial_lora(
             registry = register(models[component])
             registry.capacity = capacity
             for slot, like in places:
-                ensure_pair(slot, registry).reserve(capacity[0] * capacity[1], like)
+                ensure_pair(slot, registry).reserve(capacity[0] * capacity[1], samples, like)
             attach_all(models[component])
 
 

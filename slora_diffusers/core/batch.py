@@ -78,9 +78,10 @@ def rows_of(samples: int, batch: int, images: int | None, module: nn.Module) -> 
 
 def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """Rows of the batch that a model is called with."""
-    values = (kwargs.get("hidden_states"), *args, *kwargs.values())
-    first = next((v for v in values if isinstance(v, list) or (isinstance(v, torch.Tensor) and v.ndim)), None)
-    return None if first is None else len(first)  # some models take a list of images
+    for value in (kwargs.get("hidden_states"), *args, *kwargs.values()):
+        if isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim):
+            return len(value)  # some models take a list of images
+    return None
 
 
 def _sample(entry: Any) -> Sample:

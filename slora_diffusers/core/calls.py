@@ -54,6 +54,8 @@ class CallState:
         self.entered = 0  # how many states are open, in any thread
         self.fused = False  # whether the adapters are merged into the weights, where no call can scale them
         self.turn = Turn()
+        self.batch: int | None = None  # of the forward in progress, for what is compiled with reserved capacity
+        self.written: Any = None  # what the reserved operands hold; None: not known
 
     def current(self) -> Call:
         """The state that holds here and now."""

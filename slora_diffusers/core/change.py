@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import copy
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,16 +22,17 @@ from torch import nn
 
 from ..errors import AdapterStateError
 from .calls import ONE_VERB, WAITING, Turn
+from .entry import watch
 from .layer import SerialLoraPair
 from .marks import PART
 from .names import CONTAINER
 from .parts import SerialLoraPart
+from .running import frames_of_others, others_run
 from .sites import unwrap
 
 _PATIENCE = 60.0  # seconds that a verb waits for a forward of another thread
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_always_called")
 _OWN = ("save_pretrained", PART)  # attributes that verbs give to modules
-_FORWARDS = ("_call_impl", "_wrapped_call_impl", "forward")
 
 
 class Change:
@@ -60,6 +59,9 @@ def changing(*models: nn.Module) -> Iterator[Change]:
         AdapterStateError: If another thread is generating with a pipeline of one of them, or its forward does not end.
     """
     roots = [unwrap(model) for model in models]
+    for model, root in zip(models, roots, strict=True):
+        if (registry := _registry(root)) is not None and registry.capacity is not None:
+            watch(model)
     with ONE_VERB:
         _refuse_while_generating(roots)
         snapshots = [Snapshot(root) for root in roots]
@@ -114,7 +116,7 @@ class Snapshot:
             self.modules.append((module, type(module), _Kept(state) if _has_something(state) else None))
             self.trains += [(p, p.requires_grad) for p in state["_parameters"].values() if p is not None]
             if isinstance(module, SerialLoraPair):
-                self.pairs.append((module, _copied(state), module.stacks()))
+                self.pairs.append((module, _copied(state), module.reserved and module.reserved.state()))
             elif isinstance(module, SerialLoraPart):
                 self.parts.append((module, _copied(state)))
 
@@ -125,9 +127,11 @@ class Snapshot:
                 module.__class__ = kind
             if kept is not None or _has_something(module.__dict__):
                 (kept or _Kept({})).put_back(module)
-        for pair, state, stacks in self.pairs:
+        for pair, state, reserved in self.pairs:
             _refill(vars(pair), state)
-            pair.restore_stacks(stacks)
+            if pair.reserved is not None:
+                pair.reserved.restore(reserved)
+                pair.call.written = None
         for part, state in self.parts:
             _refill(vars(part), state)
         for parameter, trains in self.trains:
@@ -209,7 +213,7 @@ def _turn_of(model: nn.Module) -> Turn:
 
 def _refuse_while_generating(models: list[nn.Module]) -> None:
     """A pipeline runs its models many times for one image: a change between two of them is of neither state."""
-    for frame in _frames_of_others():
+    for frame in frames_of_others():
         if frame.f_code.co_name != "__call__":
             continue
         pipe = frame.f_locals.get("self")
@@ -224,29 +228,10 @@ def _refuse_while_generating(models: list[nn.Module]) -> None:
 
 def _wait_for_forwards(models: list[nn.Module]) -> None:
     end = time.monotonic() + _PATIENCE
-    while _others_run(models):
+    while others_run(models, set(WAITING)):
         if time.monotonic() > end:
             raise AdapterStateError(
                 f"Another thread's forward of this model has not ended in {_PATIENCE:.0f} s. Change adapters between "
                 "its calls, or choose them per call with serial_lora_batch."
             )
         time.sleep(0.001)
-
-
-def _others_run(models: list[nn.Module]) -> bool:
-    """Whether another thread is inside a forward of a model; one that waits for this verb is not."""
-    return any(
-        frame.f_code.co_name in _FORWARDS and any(frame.f_locals.get("self") is model for model in models)
-        for frame in _frames_of_others(set(WAITING))
-    )
-
-
-def _frames_of_others(besides: Collection[int] = ()) -> Iterator[FrameType]:
-    me = threading.get_ident()
-    if threading.active_count() == 1:
-        return
-    for thread, frame in sys._current_frames().items():
-        inner: FrameType | None = None if thread == me or thread in besides else frame
-        while inner is not None:
-            yield inner
-            inner = inner.f_back

@@ -18,12 +18,17 @@ from torch import nn
 
 def forget_compiled(model: nn.Module) -> None:
     """Drop compiled graphs if one of them may run this model: it would go on with the forward of before."""
+    if runs_compiled(model):
+        torch.compiler.reset()
+
+
+def runs_compiled(model: nn.Module) -> bool:
+    """Whether a graph that was compiled in this process may run this model."""
     convert_frame = sys.modules.get("torch._dynamo.convert_frame")
     if convert_frame is None or not getattr(getattr(convert_frame, "output_codes", None), "seen", True):
-        return  # no graph was compiled in this process, or all have been dropped
+        return False  # no graph was compiled in this process, or all have been dropped
     own = {id(module) for module in model.modules()}
-    if any(_runs(compiled, own) for compiled in _compiled_things()):
-        torch.compiler.reset()
+    return any(_runs(compiled, own) for compiled in _compiled_things())
 
 
 def _compiled_things() -> Iterator[Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import AdapterStateError
 from .batch import batch_size, rows_of
 from .calls import CallState
+from .gate import open_gate
 from .layer import SerialLoraPair
 from .marks import mark, marks_of, unmark
 
@@ -41,12 +42,16 @@ class SerialLoraAttnProcessor:
 
     def __init__(self, reads: Mapping[str, tuple[int, SerialLoraPair]]) -> None:
         self.reads = dict(reads)
+        self.alike = {  # {argument: those before it that the same pair transforms}
+            name: [other for other in list(self.reads)[:i] if self.reads[other][1] is pair]
+            for i, (name, (_, pair)) in enumerate(self.reads.items())
+        }
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         new_args, new_kwargs = list(args), dict(kwargs)
-        done: dict[tuple[int, int], Tensor] = {}  # q = k = v passed as one tensor stays one tensor
+        done: dict[str, tuple[Tensor, Tensor]] = {}  # {argument: (x, x~)}
         for name, (position, pair) in self.reads.items():
             given: Any = new_args if position < len(args) else new_kwargs
             at: Any = position if position < len(args) else name
@@ -56,10 +61,10 @@ class SerialLoraAttnProcessor:
                     f"{type(module).__name__} was called without {name!r}, which its serial pair reads. Adapt the "
                     "other inputs only (inputs=...), or register a record that fits how this model calls it."
                 )
-            key = (id(pair), id(x))
-            if key not in done:
-                done[key] = pair(x)
-            given[at] = done[key]
+            # q = k = v passed as one tensor stays one tensor. No id() here: every block would be compiled by itself.
+            same = [done[other][1] for other in self.alike[name] if done[other][0] is x]
+            given[at] = same[0] if same else pair(x)
+            done[name] = (x, given[at])
         return tuple(new_args), new_kwargs
 
 
@@ -106,6 +111,7 @@ class Watched(Protocol):
     """What the hooks of the whole model read of its registry."""
 
     call: CallState
+    capacity: tuple[int, int] | None
     followed: list[Followed]
 
 
@@ -122,6 +128,9 @@ class ModelCall:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: open a state for this forward where there is something to open it for."""
+        if torch.compiler.is_compiling() and self.registry.capacity is not None:
+            self._check_recorded(args, kwargs)
+            return args, kwargs
         if not torch.compiler.is_compiling():
             self.call.turn.wait()
             for followed in self.registry.followed:
@@ -139,10 +148,24 @@ class ModelCall:
             changes["stacks"] = call.stacks if call.rows == changes["rows"] else {}
         if changes:
             self.call.push(**changes, forward=True)
+        if self.registry.capacity is not None:
+            open_gate(module, self.call, batch_size(args, kwargs))
         return args, kwargs
+
+    def _check_recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What a graph records of this hook: the size of the batch. The rest happened before it, in Python."""
+        for name in SCALE_ARGUMENTS:
+            if "scale" in (kwargs.get(name) or {}):
+                raise AdapterStateError(
+                    "A graph takes no scale among its arguments: run it inside serial_lora_scale(), or give the "
+                    "compiled model, or its pipeline, to one of the verbs before."
+                )
+        self.call.batch = batch_size(args, kwargs)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, also after an exception: close the state that `before` opened."""
+        if torch.compiler.is_compiling() and self.registry.capacity is not None:
+            return
         call = self.call.current()
         if call.forward:
             self.call.pop(call)

@@ -13,6 +13,7 @@ from ..errors import AdapterStateError
 from . import pair
 from .calls import Call, CallState, Sample
 from .offload import Storage, tensor_here
+from .reserved import Reserved, is_recording
 
 
 class SerialLoraPair(nn.Module):
@@ -33,9 +34,7 @@ class SerialLoraPair(nn.Module):
         self.dropout: dict[str, float] = {}
         self.weights: dict[str, float] = {}  # w_i of the active adapters
         self.gains: dict[str, float] = {}  # w_i s_i of those that have an effect
-        # Stacked operands of fixed shape, once capacity is reserved: swapping adapters then changes values only.
-        self.register_buffer("stacked_A", None, persistent=False)
-        self.register_buffer("stacked_B", None, persistent=False)
+        self.reserved: Reserved | None = None  # what compiled graphs read, once capacity is reserved
         self._merged: tuple[object, Tensor, Tensor] | None = None
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor]:
@@ -61,19 +60,22 @@ class SerialLoraPair(nn.Module):
         self.weights = {name: weights[name] for name in sorted(weights) if name in self.scaling}
         self.gains = {name: w * self.scaling[name] for name, w in self.weights.items() if w * self.scaling[name]}
         self._merged = None
-        if self.stacked_A is not None:
-            self._fill_stack()
+        if self.reserved is not None:
+            self.reserved.placed.clear()  # copied anew, whatever was written to the matrices
+            self.fill_reserved(self.call.current())
 
     def forward(self, x: Tensor) -> Tensor:
         """x~ = x + sum_i w_i s_i B_i A_i x for x of shape (..., d)."""
+        # With reserved capacity a graph reads neither adapters nor the call: torch.compile would guard on what it read.
+        if self.reserved is not None and is_recording(x):
+            return self.reserved(x, self.call.batch)
         call = self.call.current()
         if call.samples is not None:
             return self._forward_per_sample(x, call)
-        # With reserved capacity nothing here may read the adapters: torch.compile would guard on what it read.
-        if call.scale == 0 or (self.stacked_A is None and not self.gains):
+        if call.scale == 0 or not self.gains:
             return x
         A, B, s = self._operands(x)  # (r, d), (d, r)
-        if self.training and self.stacked_A is None and any(self.dropout[name] for name in self.gains):
+        if self.training and any(self.dropout[name] for name in self.gains):
             return pair.shift_from(x, self._dropped(x, A), B, s * call.scale)
         return pair.shift(x, A, B, s * call.scale)
 
@@ -85,9 +87,6 @@ class SerialLoraPair(nn.Module):
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """A, B and s such that x~ = x + s B A x: the parameters themselves wherever no move or stacking is needed."""
-        if self.stacked_A is not None:
-            assert self.stacked_B is not None
-            return self.stacked_A.to(x), self.stacked_B.to(x), 1.0
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         # A trainable adapter is cast on every call, gradients or not: what writes to it often goes through `.data`, as
@@ -147,15 +146,7 @@ class SerialLoraPair(nn.Module):
 
     def _stack_samples(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """A (p, R, d) and B (p, d, R) of the sum of each sample's adapters, padded with zeros to the largest rank."""
-        gains = [
-            {
-                n: self.scaling[n] * (self.weights.get(n, 1.0) if w is None else w)
-                for n, w in sample
-                if n in self.scaling
-            }
-            for sample in samples
-        ]
-        stacked = [self.stack(g) if g else None for g in gains]
+        stacked = [self.stack(g) if g else None for g in map(self._gains_of, samples)]
         R = max((both[0].shape[0] for both in stacked if both is not None), default=1)
         reference = next((both[0] for both in stacked if both is not None), torch.zeros(()))
         A = reference.new_zeros(len(samples), R, self.features)
@@ -165,37 +156,24 @@ class SerialLoraPair(nn.Module):
                 A[i, : both[0].shape[0]], B[i, :, : both[1].shape[1]] = both
         return A, B
 
-    def stacks(self) -> tuple[Tensor, Tensor] | None:
-        """What the reserved operands hold, to be put back by `restore_stacks`; None where nothing is reserved."""
-        if self.stacked_A is None or self.stacked_B is None:
-            return None
-        return self.stacked_A.clone(), self.stacked_B.clone()
+    def _gains_of(self, sample: Sample) -> dict[str, float]:
+        """{adapter: w s} of a sample, of those that this pair holds."""
+        weighed = {n: self.weights.get(n, 1.0) if w is None else w for n, w in sample if n in self.scaling}
+        return {n: w * self.scaling[n] for n, w in weighed.items()}
 
-    @torch.no_grad()
-    def restore_stacks(self, held: tuple[Tensor, Tensor] | None) -> None:
-        """Fill the reserved operands as they were: in place, for compiled graphs hold these very tensors."""
-        if held is not None:
-            assert self.stacked_A is not None and self.stacked_B is not None
-            self.stacked_A.copy_(held[0])
-            self.stacked_B.copy_(held[1])
-
-    def reserve(self, rank: int, like: Tensor) -> None:
+    def reserve(self, rank: int, samples: int, like: Tensor) -> None:
         """Hold room for adapters of a summed rank, so that later changes of adapters change values, never shapes."""
-        self.stacked_A = like.new_zeros(rank, self.features)
-        self.stacked_B = like.new_zeros(self.features, rank)
-        self._fill_stack()
+        self.reserved = Reserved(rank, samples, self.features, like)
+        self.fill_reserved(self.call.current())
 
-    @torch.no_grad()
-    def _fill_stack(self) -> None:
-        assert self.stacked_A is not None and self.stacked_B is not None
-        used = 0
-        if self.gains:
-            A, B = self.stack(self.gains)
-            used = A.shape[0]
-            self.stacked_A[:used].copy_(A)
-            self.stacked_B[:, :used].copy_(B)
-        self.stacked_A[used:].zero_()
-        self.stacked_B[:, used:].zero_()
+    def fill_reserved(self, call: Call, each: int = 1) -> bool:
+        """Write what a call asks for into the reserved operands; False where they have no room for it."""
+        if self.reserved is None:
+            return True
+        self.call.written = None
+        samples = [self.gains] if call.samples is None else [self._gains_of(sample) for sample in call.samples]
+        gains = [{name: call.scale * gain for name, gain in sample.items()} for sample in samples]
+        return self.reserved.fill(gains, each, self.matrices)
 
     def kept(self, storage: Storage, name: str) -> tuple[Tensor, Tensor]:
         """A (r, d) and B (d, r) of one adapter, from wherever they are kept between forwards.

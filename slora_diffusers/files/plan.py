@@ -208,7 +208,7 @@ def _check_capacity(
     room, pairs = registry.capacity[0] * registry.capacity[1], pairs_of(model)
     for slot, A, _ in chosen:
         pair = pairs.get(slot.key)
-        if pair is None or pair.stacked_A is None:
+        if pair is None or pair.reserved is None:
             raise AdapterStateError(
                 f"No capacity is reserved at {slot.key}, which the adapter uses. Reserve it with "
                 "reserve_serial_lora(inputs=...) before compiling."
