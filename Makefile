@@ -9,7 +9,7 @@ INSTALL := bin/pip install --quiet --disable-pip-version-check
 FAST := -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest benchmark lint docs docs-serve format clean
+.PHONY: help demo test test-all test-oldest benchmark benchmark-gpu lint docs docs-serve format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ benchmark: $(VENV)/.test ## Measure against PEFT's LoRA; results go to benchmark
 	$(RUN) -m benchmarks.training_memory
 	$(RUN) -m benchmarks.dreambooth
 	$(RUN) -m docs.build_tables
+
+benchmark-gpu: $(VENV)/.test ## On a machine with a CUDA GPU: is every verb right there, and what does it cost
+	$(RUN) -m benchmarks.gpu
 
 lint: $(VENV)/.lint ## Check format, style, types and the docs' tables
 	$(BIN)/ruff format --check .

@@ -84,7 +84,7 @@ def build_dit(case: Case) -> nn.Module:
 def run_dit(model: nn.Module, streams: Streams) -> Streams:
     """All blocks, on one stream."""
     (image,) = streams
-    labels = torch.zeros(image.shape[0], dtype=torch.long)
+    labels = torch.zeros(image.shape[0], dtype=torch.long, device=image.device)
     for block in model.get_submodule("transformer_blocks").children():
         image = block(image, timestep=labels, class_labels=labels)
     return (image,)

@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7, help="How many lives of each library are timed.")
     parser.add_argument("--threads", type=int, default=1, help="Threads that torch may use.")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="'cpu' on a machine that others use too.")
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="'cpu' leaves out what other programs take.")
     parser.add_argument("--layers", type=int, default=24, help="Fewer blocks, for a quick try.")
     parser.add_argument("--heads", type=int, default=24, help="Fewer attention heads, for a quick try.")
     parser.add_argument("--output", type=Path, default=RESULTS, help="Folder of lifecycle.json.")

@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15, help="How often everything is timed.")
     parser.add_argument("--threads", type=int, default=1, help="Threads that torch may use.")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="'cpu' on a machine that others use too.")
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="'cpu' leaves out what other programs take.")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--heads", type=int, help="Fewer attention heads, for a quick try.")

