@@ -64,7 +64,8 @@ def section_quantized(bench: Bench) -> dict[str, Any]:
     """NF4 and int8 bases as `slora train --quantize` loads them: an adapter learns, the base stays to the bit."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        SD3Transformer2DModel(sample_size=32, num_layers=4).to(torch.bfloat16).save_pretrained(folder)
+        base: Any = SD3Transformer2DModel(sample_size=32, num_layers=4)
+        base.to(torch.bfloat16).save_pretrained(folder)
         for name in QUANTIZATIONS:
             settings = quantization_config(name, torch.bfloat16)
             model: Any = SD3Transformer2DModel.from_pretrained(

@@ -183,11 +183,12 @@ def section_compiled(bench: Bench) -> dict[str, Any]:
     sld.reserve_serial_lora(reserved, capacity=(RANK, 4))
     for name in names:
         sld.load_serial_lora(reserved, sld.serial_lora_state_dict(plain, name), name)
+    blocks: Any = reserved.get_submodule("transformer_blocks")
     options: dict[str, Any] = {"mode": "reduce-overhead"} if bench.cuda else {"backend": "eager"}
     labels = torch.zeros(len(image), dtype=torch.long, device=bench.device)
 
     def forward(x: Tensor) -> Tensor:
-        for block in reserved.get_submodule("transformer_blocks").children():
+        for block in blocks:
             x = block(x, timestep=labels, class_labels=labels)
         return x
 

@@ -18,6 +18,10 @@ from tests.tiny.models import TINY
 from tests.tiny.pipelines import tiny_sd3_pipeline
 
 DIT = TINY["DiTTransformer2DModel"]
+ONE_FAST = [
+    "whole",
+    *(pytest.param(how, marks=pytest.mark.slow) for how in ("in place", "repeated blocks", "a function")),
+]
 ADAPTERS = {"a": {"rank": 2, "alpha": 1}, "b": {"rank": 4, "layers": [0]}, "c": {"rank": 3}, "d": {"rank": 1}}
 
 
@@ -84,7 +88,7 @@ def random_sample(rng):
     return [(name, rng.uniform(-1, 1)) if rng.random() < 0.5 else name for name in names] or None
 
 
-@pytest.mark.parametrize("how", ["whole", "in place", "repeated blocks", "a function"])
+@pytest.mark.parametrize("how", ONE_FAST)
 def test_any_mix_weight_and_scale_runs_the_one_graph_and_gives_the_eager_result(how):
     reserved, plain = twins(DIT)
     run, rng = compiled(reserved, how), random.Random(3)
@@ -263,7 +267,7 @@ def test_a_batch_that_does_not_hold_the_samples_is_refused(how):
         output_of(run, DIT, **arguments)
 
 
-@pytest.mark.parametrize("how", ["whole", "in place", "repeated blocks"])
+@pytest.mark.parametrize("how", ONE_FAST[:3])
 def test_threads_with_mixes_of_their_own_do_not_see_each_others(how):
     reserved, plain = twins(DIT)
     run = compiled(reserved, how)
@@ -294,7 +298,7 @@ def test_threads_with_mixes_of_their_own_do_not_see_each_others(how):
             future.result()
 
 
-@pytest.mark.parametrize("how", ["whole", "in place", "repeated blocks"])
+@pytest.mark.parametrize("how", ONE_FAST[:3])
 def test_verbs_of_another_thread_never_change_a_compiled_batch_that_runs(how):
     reserved, plain = twins(DIT)
     run = compiled(reserved, how)
