@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -117,14 +116,13 @@ def pretrained(family: Family, folder: Path, steps: int) -> Path:
 
 
 def summary(log: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    """What one run gave: loss before and after, steps per second, peak memory, bytes of its file."""
+    """What one run gave: loss before and after, peak memory, bytes of its file; for speed see benchmarks.step."""
     losses = [line["validation_loss"] for line in log if "validation_loss" in line]
     steps = [line for line in log if "seconds" in line]
     files = [*out.glob("*.safetensors"), *out.glob("transformer/*.safetensors")]
     return {
         "loss_before": losses[0],
         "loss": losses[-1],
-        "steps_per_second": 1 / statistics.median(line["seconds"] for line in steps),
         "peak_memory": max(line["memory"] for line in steps),
         "file_bytes": sum(path.stat().st_size for path in files),
         "parameters": sum(map(parameters_in, files)),

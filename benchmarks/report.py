@@ -189,12 +189,12 @@ def dreambooth_table(folder: Path = RESULTS) -> str:
         for method, name in names.items():
             r = measured[method]
             rows.append((
-                f"{family}: {name}", f"{r['learning_rate']:g}", f"{r['loss']:.4f}", f"{r['steps_per_second']:.1f}",
+                f"{family}: {name}", f"{r['learning_rate']:g}", f"{r['loss']:.4f}",
                 f"{r['peak_memory'] / 1e6:,.0f} MB", f"{r['parameters']:,}", f"{r['file_bytes']:,}",
             ))  # fmt: skip
         before, without, preserved = (measured["class_loss"][key] for key in ("base", "without_prior", "with_prior"))
         forgotten.append(f"{family} {before:.4f}, {without:.4f}, {preserved:.4f}")
-    heading = ("", "Rate", "Loss", "Steps per s", "Peak memory", "Trained parameters", "File bytes")
+    heading = ("", "Rate", "Loss", "Peak memory", "Trained parameters", "File bytes")
     return (
         f"{_table(heading, rows)}\n\nLoss on a class that the base knows, before, after {results['steps']} steps on "
         f"the subject, and with prior preservation: {'; '.join(forgotten)}."
