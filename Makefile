@@ -1,6 +1,6 @@
 # Every target does its own set-up: a Python with venv and make are all that a fresh machine needs.
 # .venv is for developing (tests, lint, benchmarks), .venv-demo for the demo: what a user installs and nothing else,
-# .venv-oldest for the oldest versions that pyproject.toml promises.
+# .venv-oldest for the oldest versions that pyproject.toml promises, .venv-app for `slora app`: gradio wants an older Pillow.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ INSTALL := bin/pip install --quiet --disable-pip-version-check
 FAST := -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest benchmark benchmark-gpu lint docs docs-serve format clean
+.PHONY: help demo test test-all test-oldest test-app benchmark benchmark-gpu lint docs docs-serve format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ test-all: $(VENV)/.test ## Run every test
 
 test-oldest: .venv-oldest/.done ## Run the fast tests on the oldest versions that pyproject.toml promises
 	.venv-oldest/bin/python $(FAST)
+
+test-app: .venv-app/.done ## Run the tests of `slora app` in a browser (needs chromium)
+	.venv-app/bin/python -m pytest -q tests/test_app_browser.py
 
 benchmark: $(VENV)/.test ## Measure against PEFT's LoRA; results go to benchmarks/results
 	$(RUN) -m benchmarks.step
@@ -54,12 +57,17 @@ format: $(VENV)/.lint ## Format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the virtual environments and everything generated
-	rm -rf $(VENV) .venv-demo .venv-oldest outputs site build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-demo .venv-oldest .venv-app outputs site build dist *.egg-info .pytest_cache .ruff_cache
 
 # torch first and by its pin alone: a later requirement then finds it there.
-$(VENV)/.torch .venv-demo/.torch: constraints.txt
+$(VENV)/.torch .venv-demo/.torch .venv-app/.torch: constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/$(INSTALL) -c constraints.txt torch
+	touch $@
+
+.venv-app/.done: .venv-app/.torch pyproject.toml
+	sed 's/^pillow==.*/pillow==12.3.0/' constraints.txt > $(@D)/constraints.txt
+	$(@D)/$(INSTALL) -c $(@D)/constraints.txt -e '.[app]' pytest peft playwright
 	touch $@
 
 .venv-demo/.done: .venv-demo/.torch pyproject.toml

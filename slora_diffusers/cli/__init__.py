@@ -1,4 +1,4 @@
-"""The `slora` command: demo, inspect, export, compress, merge, fuse, verify, serve, compare."""
+"""The `slora` command: demo, inspect, export, compress, merge, fuse, verify, serve, compare, app."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""`slora compare`: adapters to look at, in a picture."""
+"""`slora compare` and `slora app`: adapters to look at, in a picture or on a page."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 from ..errors import SerialLoraError
 from . import checks
 from .commands import Adapters, Dtype, Force, Weight, _command
-from .console import Debug, Json, drawing, show
+from .console import ERR, Debug, Json, drawing, show
 from .serve import app
 
-__all__ = ["app"]  # the command with this one added
+__all__ = ["app"]  # the command with these two added
 
 ROWS = ("weights", "adapters")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -102,3 +102,31 @@ def _needs(command: str) -> tuple[Any, Callable[[str, str, str | None], Any]]:
         return session.Session(pipe)
 
     return grid, open_session
+
+
+@_command(
+    """slora app
+slora app outputs/demo/adapter
+slora app style subject --base stabilityai/stable-diffusion-3.5-medium --dtype bfloat16""",
+    name="app",
+)
+def look(
+    adapters: Annotated[list[str] | None, typer.Argument(help="Adapters to open.", show_default=False)] = None,
+    base: Base = "demo",
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 7860,
+    dtype: Dtype = "float32",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; by default the accelerator.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Open a page to look at adapters: base, live and fused side by side, grids, blocks, spectra, export, merge."""
+    checks.one_of("dtype", dtype, checks.DTYPES)
+    _, session_of = _needs("slora app")
+    try:
+        from ..app.page import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise SerialLoraError("slora app needs gradio: pip install 'slora_diffusers[app]'.") from error
+    ERR.print(f"The page is at http://{host}:{port} (Ctrl-C ends it)")
+    serve(lambda name: session_of(name, dtype, device), base, adapters or [], host, port)
