@@ -35,7 +35,7 @@ READS = {
         *("fc_in", "c_fc", "linear_fc1", "dense_h_to_4h", "Wi", "dense", "weights_in"),
     ),
     "encoder_hidden_states": ("k", "v", "k_proj", "v_proj", "key", "value", "c_attn"),
-    "reduced_states": ("k_proj", "v_proj"),
+    "reduced_states": ("k_proj", "v_proj", "key", "value"),
     "query": ("q_proj_weight",),
     "key": ("k_proj_weight",),
     "value": ("v_proj_weight",),
