@@ -67,7 +67,7 @@ $(VENV)/.torch .venv-demo/.torch .venv-app/.torch: constraints.txt
 
 .venv-app/.done: .venv-app/.torch pyproject.toml
 	sed 's/^pillow==.*/pillow==12.3.0/' constraints.txt > $(@D)/constraints.txt
-	$(@D)/$(INSTALL) -c $(@D)/constraints.txt -e '.[app]' pytest peft playwright
+	$(@D)/$(INSTALL) -c $(@D)/constraints.txt -e '.[app,test]' playwright
 	touch $@
 
 .venv-demo/.done: .venv-demo/.torch pyproject.toml
