@@ -198,11 +198,12 @@ def beside_bytes(name: str) -> int:
             for width, layers in ((768, 12), (1280, 32))
         ]
         few = name == "PixArt-Sigma"
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4 if few else 16,
-            use_quant_conv=few, use_post_quant_conv=few,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4 if few else 16,
+            "use_quant_conv": few, "use_post_quant_conv": few,
+        }  # fmt: skip
+        vae = AutoencoderKL(**settings)
     encoders: list[nn.Module] = [t5, *([] if few else clips[:1] if name.startswith("Flux") else clips)]
     count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     return 2 * sum(map(count, encoders)) + 4 * count(vae)
