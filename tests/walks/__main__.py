@@ -39,7 +39,14 @@ def main() -> None:
             if not count:
                 continue
             try:
-                given = settings(**QUIET, max_examples=count, stateful_step_count=16, print_blob=False, phases=phases)
+                given = settings(
+                    **QUIET,
+                    max_examples=count,
+                    stateful_step_count=16,
+                    print_blob=False,
+                    report_multiple_bugs=False,
+                    phases=phases,
+                )
                 run_state_machine_as_test(walk, settings=given)
             except Exception:
                 failed += 1
