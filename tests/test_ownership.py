@@ -306,3 +306,31 @@ def test_whole_modules_are_the_plain_models_or_refused(owner, when, ran, tmp_pat
     assert close(run(model), expected), "add"
     sl.unload_serial_lora(model)
     assert torch.equal(run(model), base), "unload"
+
+
+@pytest.mark.parametrize("order", ["owner first", "room first"])
+def test_reserved_room_is_filled_or_refused(owner, order):
+    """Groups on disk once filled the room from parameters that hold nothing between forwards."""
+    state, other = adapter(), adapter(seed=2)
+    model = SD3.build()
+    sl.load_serial_lora(model, state, "a0")
+    steps = [lambda: owner(model), lambda: sl.reserve_serial_lora(model, (8, 2), inputs=INPUTS)]
+    for step in steps if order == "owner first" else steps[::-1]:
+        with contextlib.suppress(sl.SerialLoraError):
+            step()
+    assert close(run(model), plain(state)), "reserve"
+    verbs = [
+        (lambda: sl.set_serial_lora(model, "a0", 0.5), plain(state, weight=0.5)),
+        (lambda: sl.set_serial_lora(model, "a0"), plain(state)),
+        (lambda: sl.load_serial_lora(model, other, "a1"), plain(state, other)),
+        (lambda: sl.delete_serial_lora(model, "a1"), plain(state)),
+        (lambda: sl.load_serial_lora(model, other, "a0", hotswap=True), plain(other)),
+    ]
+    held = run(model)
+    for verb, wanted in verbs:
+        try:
+            verb()
+            held = wanted
+        except sl.SerialLoraError:
+            pass
+        assert close(run(model), held)

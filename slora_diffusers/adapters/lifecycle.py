@@ -25,6 +25,7 @@ from ..core.state import (
     check_modules,
     check_new_name,
     check_not_fused,
+    check_reserved,
     check_room,
     check_trains,
     names_with_weights,
@@ -150,6 +151,8 @@ def delete_serial_lora(model: Any, adapter_names: str | Sequence[str]) -> None:
     models = {component: one for component, one in models.items() if held_by(one, names)}
     for one in models.values():
         check_not_fused(registry_of(one), "delete an adapter")
+        if set(held_by(one, names)) & set(registry_of(one).active):
+            check_reserved(one, "delete an active adapter")
     with changing(*models.values()):
         for one in models.values():
             remove_adapters(one, held_by(one, names))
@@ -288,8 +291,9 @@ def _room(
     held = {key for key, pair in pairs_of(model).items() if pair.scaling}
     if missing := sorted(held - {slot.key for slot in slots}):
         raise AdapterStateError(f"The adapters already there use pairs that `inputs` leaves out: {missing[:3]}.")
-    rank = capacity[0] * capacity[1]
+    rank, storage = capacity[0] * capacity[1], Storage(unwrap(model))
     for pair in pairs_of(model).values():
+        storage.check_in_place(pair, "reserve room")
         check_room(pair, pair.weights, rank)
     return [(slot, torch.empty(0, dtype=dtype or _dtype(model, slot), device=slot.device)) for slot in slots]
 

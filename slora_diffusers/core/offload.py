@@ -46,8 +46,9 @@ class Storage:
         for module in model.modules() if "diffusers.hooks.group_offloading" in sys.modules else ():
             hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
             if (group := getattr(hooks.get(_GROUP), "group", None)) is not None:
-                held = [p for m in group.modules for p in m.parameters()] + list(group.parameters)
-                self._groups.update((id(parameter), group) for parameter in held)
+                held = [t for m in group.modules for t in (*m.parameters(), *m.buffers())]
+                held += [*group.parameters, *group.buffers]
+                self._groups.update((id(tensor), group) for tensor in held)
 
     def peek(self, module: nn.Module, name: str) -> Tensor | None:
         """The tensor `module.name` holds in truth, or None where it cannot be had: no such tensor, a placeholder."""
@@ -115,6 +116,22 @@ class Storage:
                 f"Cannot {what}: the weight {called} is offloaded to disk by groups, and is read from there before "
                 f"every use. {_GROUPS_OFF}."
             )
+
+    def check_in_place(self, module: nn.Module, what: str) -> None:
+        """Raise AdapterStateError unless what a verb writes into the buffers of a module stays there.
+
+        Groups with a stream load them from a copy, groups on disk from a file, where the module's own parameters are.
+        """
+        for tensor in (*module.parameters(), *module.buffers()):
+            group = self._groups.get(id(tensor))
+            on_disk = group is not None and group.offload_to_disk_path is not None
+            if on_disk or (
+                group is not None and tensor in group.cpu_param_dict and not isinstance(tensor, nn.Parameter)
+            ):
+                raise AdapterStateError(
+                    f"Cannot {what}: the model is offloaded by groups, to disk or with a stream, and the room that is "
+                    f"reserved for adapters has to stay where it is. {_GROUPS_OFF}, or do without reserved room."
+                )
 
     def write(self, module: nn.Module, name: str, W: Tensor) -> None:
         """Make `module.name` hold W, here and wherever its owner will load it from."""

@@ -15,6 +15,7 @@ from .calls import CallState
 from .hooks import Followed
 from .layer import SerialLoraPair
 from .names import matrix_name, split_place, tensor_name
+from .offload import Storage
 from .parts import check_one_each, parts_of
 from .sites import Projection, unwrap
 from .tensors import checksum
@@ -171,6 +172,7 @@ def check_active(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
     pairs = pairs_of(model)
     check_weights(model, chosen)
     check_modules(model, chosen)
+    check_reserved(model, "change the active adapters")
     if registry.capacity is not None:
         for pair in pairs.values():
             check_room(pair, chosen, registry.capacity[0] * registry.capacity[1])
@@ -188,6 +190,13 @@ def check_weights(model: nn.Module, chosen: Mapping[str, Weights]) -> None:
                     f"The pattern {pattern!r} in the weights of {name!r} matches none of the {len(paths)} adapted "
                     f"sites, such as {min(paths, default='')!r}. Patterns are anchored at both ends."
                 )
+
+
+def check_reserved(model: nn.Module, what: str) -> None:
+    """Raise AdapterStateError if room is reserved that cannot be filled where it is."""
+    registry, storage = registry_of(model, create=True), Storage(unwrap(model))
+    for pair in pairs_of(model).values() if registry.capacity is not None else ():
+        storage.check_in_place(pair, what)
 
 
 def check_room(pair: SerialLoraPair, names: Mapping[str, Weights], room: int) -> None:

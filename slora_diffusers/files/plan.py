@@ -16,7 +16,7 @@ from ..core.names import split_tensor
 from ..core.offload import Storage
 from ..core.parts import copied
 from ..core.sites import Slot, find_slots, is_chosen, unwrap
-from ..core.state import Registry, check_new_name, check_not_fused, check_trains, pairs_of, registry_of
+from ..core.state import Registry, check_new_name, check_not_fused, check_reserved, check_trains, pairs_of, registry_of
 from ..errors import AdapterFileError, AdapterStateError
 from .fingerprint import describe_base, warn_of_other_base
 from .format import AdapterFile, Base, Component
@@ -205,6 +205,7 @@ def _check_capacity(
     """Raise AdapterStateError unless the matrices fit the reserved room, `besides` being the adapter they replace."""
     if registry.capacity is None:
         return
+    check_reserved(model, "load an adapter")
     room, pairs = registry.capacity[0] * registry.capacity[1], pairs_of(model)
     for slot, A, _ in chosen:
         pair = pairs.get(slot.key)
