@@ -291,9 +291,9 @@ def _room(
     held = {key for key, pair in pairs_of(model).items() if pair.scaling}
     if missing := sorted(held - {slot.key for slot in slots}):
         raise AdapterStateError(f"The adapters already there use pairs that `inputs` leaves out: {missing[:3]}.")
-    rank, storage = capacity[0] * capacity[1], Storage(unwrap(model))
+    Storage(unwrap(model)).check_in_place(unwrap(model), "reserve room")
+    rank = capacity[0] * capacity[1]
     for pair in pairs_of(model).values():
-        storage.check_in_place(pair, "reserve room")
         check_room(pair, pair.weights, rank)
     return [(slot, torch.empty(0, dtype=dtype or _dtype(model, slot), device=slot.device)) for slot in slots]
 

@@ -124,10 +124,7 @@ class Storage:
         """
         for tensor in (*module.parameters(), *module.buffers()):
             group = self._groups.get(id(tensor))
-            on_disk = group is not None and group.offload_to_disk_path is not None
-            if on_disk or (
-                group is not None and tensor in group.cpu_param_dict and not isinstance(tensor, nn.Parameter)
-            ):
+            if group is not None and (group.offload_to_disk_path is not None or tensor in group.cpu_param_dict):
                 raise AdapterStateError(
                     f"Cannot {what}: the model is offloaded by groups, to disk or with a stream, and the room that is "
                     f"reserved for adapters has to stay where it is. {_GROUPS_OFF}, or do without reserved room."
