@@ -22,7 +22,9 @@ from ..files.format import AdapterFile, Base, Head
 from ..files.load import Source, load_serial_lora
 from ..files.save import adapter_file
 from ..files.storage import WEIGHT_NAME, check_finite, check_hub_arguments
+from .backbones import patch_size
 from .deploy import no_class_for
+from .predict import predictions
 from .preprocessing import Preprocessing
 
 LARGEST_SETTING = 2**20
@@ -35,6 +37,7 @@ class SerialLoraWithHead(nn.Module):
     task: ClassVar[str]
     adapted_part: ClassVar[str] = "backbone"  # what add_serial_lora, serial_lora_scale, ... work on
     label_arguments: ClassVar[tuple[str, ...]] = ("labels",)  # of forward, for transformers' Trainer
+    of_pixels: ClassVar[bool] = False  # whether the logits are a map over the input
 
     def __init__(
         self,
@@ -76,6 +79,22 @@ class SerialLoraWithHead(nn.Module):
             self.enable_gradient_checkpointing()
         else:
             enable(activation_checkpointing_kwargs, **options)
+
+    def predict(self, image: Any) -> Tensor:
+        """Logits of a PIL image of any size, prepared (stretched, padded, cropped, in tiles) as `preprocessing` says.
+
+        Returns:
+            (classes,), or of a segmentation (classes, height, width) at the image's own size; in fp32 on the CPU.
+        """
+        return next(predictions(self, [image]))
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise SerialLoraError unless the model takes inputs, or tiles, of this height and width."""
+        patch = patch_size(self.backbone) or 1
+        if min(size) < 1 or size[0] % patch or size[1] % patch:
+            raise SerialLoraError(
+                f"An input, or a tile, must be a multiple of the model's patch, {patch} pixels; got {size}."
+            )
 
     def fuse(self) -> nn.Module:
         """Merge the adapter into the backbone for good, `W' = W (I + sBA)`; the model is plain PyTorch from here on.

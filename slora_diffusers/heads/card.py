@@ -21,9 +21,13 @@ Labels: {labels}.
 from slora_diffusers import {kind}
 
 model = {kind}.from_pretrained({repository!r}{backbone})
-pixel_values = model.preprocessing(image)[None]  # of a PIL image
+{call}
 ```
 """
+_CALLS = {
+    "promptable segmentation": "logits = model.predict(image, input_boxes=boxes)  # of a PIL image, (prompts, H, W)"
+}
+_CALL = "logits = model.predict(image)  # of a PIL image of any size"
 _SHOWN = 50
 
 
@@ -51,6 +55,7 @@ def write_head_card(model: Any, folder: Path, repository: str, tags: Sequence[st
         labels=labels,
         kind=type(model).__name__,
         repository=repository,
+        call=_CALLS.get(model.task, _CALL),
         backbone="" if name else ", backbone=backbone",
     )
     path = folder / "README.md"

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SerialLoraConfig
@@ -21,6 +22,7 @@ from ..errors import SerialLoraError
 from .backbones import last_features
 from .base import SerialLoraWithHead, dtype_of, probe
 from .deploy import grey_image, image_classifier, save_for_pipeline
+from .framing import check_pixel_mask
 from .losses import PROBLEMS, SINGLE_LABEL, check_problem
 from .preprocessing import Preprocessing
 
@@ -89,18 +91,21 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
         """Which loss; see `from_backbone`."""
         return self.settings.get("problem_type", SINGLE_LABEL)
 
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """What the head reads: (B, d), or (B, 2 d) with pooling "both"."""
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
+        """What the head reads: (B, d), or (B, 2 d) with pooling "both"; the mean is over the image, not its padding."""
         token, patches = last_features(self.backbone, pixel_values)  # (B, d), (B, d, h, w)
-        return pool(token, patches, self.settings["pooling"])
+        if pixel_mask is not None:
+            check_pixel_mask(pixel_mask, pixel_values)
+        return pool(token, patches, self.settings["pooling"], pixel_mask)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, pixel_mask: Tensor | None = None) -> Any:
         """Logits (B, classes), and the loss of the problem if there are labels.
 
         Args:
             pixel_values: (B, 3, H, W), as `preprocessing` gives them.
             labels: (B,) class indices (-100 counts for nothing) or (B, classes) probabilities; for several labels
                 (B, classes) of 0 and 1; for regression (B, numbers).
+            pixel_mask: (B, H, W), 1 on the image and 0 on its padding, which is left out of a mean over patches.
 
         Raises:
             SerialLoraError: If the labels are of another shape, or out of range.
@@ -110,7 +115,7 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
         """
         from transformers.modeling_outputs import ImageClassifierOutput
 
-        x = self.features(pixel_values)  # (B, d)
+        x = self.features(pixel_values, pixel_mask)  # (B, d)
         logits = self.head(x.to(dtype_of(self.head)))  # (B, classes)
         loss = None if labels is None else PROBLEMS[self.problem_type](logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
@@ -127,6 +132,11 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
         Raises:
             SerialLoraError: If transformers has no class that reads what this head reads.
         """
+        if self.preprocessing.pads and self.settings["pooling"] != "cls":
+            raise SerialLoraError(
+                f"pooling={self.settings['pooling']!r} leaves padding out of the mean over patches, which no class of "
+                "transformers does. Deploy the model itself, with pixel_mask as its third input."
+            )
         image = grey_image(self.preprocessing, next(self.backbone.parameters()))
         training = self.training
         with torch.no_grad():
@@ -140,13 +150,18 @@ class SerialLoraForImageClassification(SerialLoraWithHead):
         return model
 
 
-def pool(token: Tensor | None, patches: Tensor, pooling: str) -> Tensor:
+def pool(token: Tensor | None, patches: Tensor, pooling: str, pixel_mask: Tensor | None = None) -> Tensor:
     """One vector per image: the class token (B, d), the mean of the patches (B, d), or both (B, 2 d).
+
+    With a mask (B, H, W) each patch weighs in the mean what part of it is image.
 
     Raises:
         SerialLoraError: If the backbone has no class token and the pooling needs one.
     """
     mean = patches.mean((2, 3))
+    if pixel_mask is not None:
+        share = F.adaptive_avg_pool2d(pixel_mask[:, None].to(patches), patches.shape[-2:])  # (B, 1, h, w)
+        mean = (patches * share).sum((2, 3)) / share.sum((2, 3))
     if pooling == "mean":
         return mean
     if token is None:

@@ -14,6 +14,7 @@ from ..adapters.fuse import fuse_serial_lora
 from ..adapters.lifecycle import unload_serial_lora
 from ..core.components import has_adapters
 from ..errors import ArchitectureError, SerialLoraError
+from .framing import CROP, PAD, STRETCH
 from .preprocessing import Preprocessing
 
 _ELSE = (
@@ -88,20 +89,61 @@ def image_classifier(
 
 def save_for_pipeline(model: Any, preprocessing: Preprocessing, folder: str | os.PathLike[str]) -> None:
     """Write a plain model and how its images are prepared: what `pipeline("image-classification", folder)` opens."""
+    processor = image_processor(preprocessing)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def image_processor(preprocessing: Preprocessing) -> Any:
+    """The image processor of transformers that prepares images in the same way, which is checked.
+
+    Raises:
+        SerialLoraError: If the installed transformers has none.
+    """
     import transformers
 
     height, width = preprocessing.size
-    processor = transformers.ViTImageProcessor(
-        do_resize=True,
-        size={"height": height, "width": width},
-        resample=2,
-        do_rescale=True,
-        do_normalize=True,
-        image_mean=list(preprocessing.mean),
-        image_std=list(preprocessing.std),
+    edges = {"height": height, "width": width}
+    sizes: dict[str, dict[str, Any]] = {
+        STRETCH: {"size": edges},
+        PAD: {"size": {"max_height": height, "max_width": width}, "do_pad": True, "pad_size": edges},
+        CROP: {"size": {"shortest_edge": max(height, width)}, "do_center_crop": True, "crop_size": edges},
+    }
+    if preprocessing.resize_mode in sizes:
+        kind = transformers.BitImageProcessor if preprocessing.resize_mode == CROP else transformers.ViTImageProcessor
+        processor = kind(
+            do_resize=True,
+            resample=2,
+            do_rescale=True,
+            do_normalize=True,
+            image_mean=list(preprocessing.mean),
+            image_std=list(preprocessing.std),
+            **sizes[preprocessing.resize_mode],
+        )
+        if _prepares(processor, preprocessing):
+            return processor
+    raise ArchitectureError(
+        f"transformers' image processors do not prepare images as resize_mode={preprocessing.resize_mode!r} with the "
+        f"size {preprocessing.size} does. Leave out save_directory=, save the model with its own save_pretrained, and "
+        "prepare images with model.preprocessing."
     )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+
+
+def _prepares(processor: Any, preprocessing: Preprocessing) -> bool:
+    from PIL import Image
+
+    height, width = preprocessing.size
+    grey = torch.linspace(0, 255, 4 * height * width).view(2 * height, 2 * width).to(torch.uint8)
+    for sides in ((2 * width, height), (width, 2 * height)):
+        image = Image.fromarray(grey.numpy()).convert("RGB").resize(sides)
+        try:
+            got = processor(image, return_tensors="pt")["pixel_values"][0]
+        except (ValueError, TypeError, KeyError):
+            return False
+        expected = preprocessing(image)
+        if got.shape != expected.shape or (got - expected).abs().max() > 0.1:
+            return False
+    return True
 
 
 def grey_image(preprocessing: Preprocessing, like: Tensor) -> Tensor:

@@ -119,11 +119,20 @@ def check_pixel_labels(labels: Tensor, batch: int, classes: int) -> None:
         )
 
 
-def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Binary cross-entropy, plus one minus the mean soft Dice of the masks (B, prompts, h, w)."""
-    p = logits.sigmoid()
-    dice = (2 * (p * masks).sum((2, 3)) + 1) / (p.sum((2, 3)) + masks.sum((2, 3)) + 1)  # (B, prompts)
-    return F.binary_cross_entropy_with_logits(logits, masks) + 1 - dice.mean()
+def mask_loss(logits: Tensor, masks: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy, plus one minus the mean soft Dice of the masks (B, prompts, h, w).
+
+    Args:
+        logits: (B, prompts, h, w).
+        masks: (B, prompts, h, w) of 0 to 1.
+        counted: (B, 1, h, w), 1 on the pixels that count; None for all.
+    """
+    p, m = logits.sigmoid(), masks
+    entropy = F.binary_cross_entropy_with_logits(logits, m, reduction="none")
+    if counted is not None:
+        p, m, entropy = p * counted, m * counted, entropy * counted / counted.mean()
+    dice = (2 * (p * m).sum((2, 3)) + 1) / (p.sum((2, 3)) + m.sum((2, 3)) + 1)  # (B, prompts)
+    return entropy.mean() + 1 - dice.mean()
 
 
 def check_masks(masks: Tensor, batch: int, prompts: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import is_number
 from ..errors import SerialLoraError
+from .framing import PAD, RESIZE_MODES, STRETCH, TILE, Frame, frame_of
 
 _LARGEST = 4096  # pixels along a side
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,28 +20,56 @@ _HALF = ((0.5,) * 3, (0.5,) * 3)
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _PRETRAINED_WITH = {"vit": _HALF, "beit": _HALF, "siglip": _HALF, "siglip2": _HALF, "clip": _CLIP}
 """Mean and standard deviation by the model's type, where the published weights were not trained with ImageNet's."""
+_PRETRAINED_PADDED = ("sam", "sam_hq")
+"""Types of models whose images were kept in shape and padded."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize to `size`, scale to [0, 1], then (x - mean) / std per channel.
 
-    The whole image is squashed to that size, whatever its shape: nothing is cropped.
-
     Args:
-        size: Height and width in pixels.
+        size: Height and width of the model's input in pixels; of a tile, with resize_mode "tile".
         mean: Mean per channel of values in [0, 1].
         std: Standard deviation per channel.
+        resize_mode: What becomes of an image of another shape: "stretch" squashes all of it to `size`; "pad" keeps its
+            shape and fills up to the right and below with zeros, as SAM does; "crop" keeps it and takes the centre;
+            "tile" does not resize: `model.predict` sees it in overlapping tiles.
+        overlap: Pixels that neighbouring tiles share.
     """
 
     size: tuple[int, int] = (224, 224)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    resize_mode: str = STRETCH
+    overlap: int = 0
+
+    def __post_init__(self) -> None:
+        if self.resize_mode not in list(RESIZE_MODES):  # a file's may not be hashable
+            raise SerialLoraError(f"resize_mode must be one of {', '.join(RESIZE_MODES)}; got {self.resize_mode!r}.")
+        if not isinstance(self.overlap, int) or not 0 <= self.overlap < min(self.size):
+            raise SerialLoraError(
+                f"Tiles of {self.size} must share from 0 to less than {min(self.size)} pixels; got {self.overlap!r}."
+            )
+
+    @property
+    def pads(self) -> bool:
+        """Whether part of an input may be padding."""
+        return self.resize_mode in (PAD, TILE)
 
     def __call__(self, image: Any) -> Tensor:
-        """A PIL image, of any size and mode, as pixel values (3, H, W): upright, transparent parts white."""
-        height, width = self.size
-        return self.normalize(pixels_of(upright_rgb(image).resize((width, height), 2)))  # 2: bilinear
+        """A PIL image, of any size and mode, as pixel values (3, H, W): upright, transparent parts white.
+
+        Raises:
+            SerialLoraError: If it is larger than the tiles that it is to be seen in.
+        """
+        upright = upright_rgb(image)
+        frame = self.frame((upright.height, upright.width))
+        return frame.fill(self.normalize(pixels_of(frame.resized(upright))), 0.0)
+
+    def frame(self, size: tuple[int, int]) -> Frame:
+        """Where an upright image of a height and width lies in the input: its padding, labels, points, the way back."""
+        return frame_of(size, self.size, self.resize_mode)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Pixels in [0, 1], (..., 3, H, W), as the backbone reads them."""
@@ -49,14 +78,14 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
-        return {key: list(value) for key, value in asdict(self).items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """Build one from `to_dict`'s values.
 
         Raises:
-            SerialLoraError: If they are not two sizes and three numbers each, as a file's may not be.
+            SerialLoraError: If they are not two sizes and three numbers each, or no such mode, as a file's may not be.
         """
         given: list[Any] = [values.get(key) for key in ("size", "mean", "std")]
         size, *channels = given
@@ -70,7 +99,8 @@ class Preprocessing:
             raise SerialLoraError(
                 f"The preprocessing's mean and std must be three numbers each, std above 0; got {channels}."
             )
-        return cls(*(tuple(value) for value in given))
+        how = {key: values[key] for key in ("resize_mode", "overlap") if key in values}  # files of before squash
+        return cls(*(tuple(value) for value in given), **how)
 
     @classmethod
     def of(cls, source: nn.Module | str | os.PathLike[str], **hub: Any) -> Preprocessing:
@@ -105,7 +135,8 @@ class Preprocessing:
         cropped = values.get("crop_size") if values.get("do_center_crop", True) else None
         size = cropped or values.get("pad_size") or values.get("size") or 224
         mean, std = values.get("image_mean") or IMAGENET_MEAN, values.get("image_std") or IMAGENET_STD
-        return cls(_size(size), tuple(mean), tuple(std))
+        mode = PAD if values.get("do_pad") and values.get("pad_size") else STRETCH
+        return cls(_size(size), tuple(mean), tuple(std), mode)
 
     @classmethod
     def _from_config(cls, config: Any) -> Preprocessing:
@@ -113,7 +144,7 @@ class Preprocessing:
             return cls(tuple(timms["input_size"][1:]), tuple(timms["mean"]), tuple(timms["std"]))
         kind = getattr(config, "model_type", "").removesuffix("_vision_model")
         mean, std = _PRETRAINED_WITH.get(kind, (IMAGENET_MEAN, IMAGENET_STD))
-        return cls(_size(_image_size(config)), mean, std)
+        return cls(_size(_image_size(config)), mean, std, PAD if kind in _PRETRAINED_PADDED else STRETCH)
 
 
 def pixels_of(image: Any) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +20,9 @@ from ..config import SerialLoraConfig
 from ..errors import ArchitectureError
 from .base import SerialLoraWithHead, open_model
 from .deploy import whole_model
+from .framing import check_framed, check_pixel_mask
 from .losses import check_masks, mask_loss
+from .predict import upright_size
 from .preprocessing import Preprocessing
 
 
@@ -98,16 +101,19 @@ class SerialLoraForPromptableSegmentation(SerialLoraWithHead):
         input_points: Tensor | None = None,
         input_labels: Tensor | None = None,
         input_boxes: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
         **more: Any,
     ) -> Any:
         """The model's output, with `loss` (binary cross-entropy plus soft Dice) if there are masks.
 
         Args:
             pixel_values: (B, 3, H, W).
-            masks: What each prompt shows: (B, prompts, h, w) of 0 and 1, at any size.
+            masks: What each prompt shows: (B, prompts, h, w) of 0 and 1, at any size. Of padded images they lie over
+                the input as the images do.
             input_points: (B, prompts, points, 2), in pixels of the model's input.
             input_labels: (B, prompts, points): 1 for a point on the object, 0 for one beside it.
             input_boxes: (B, prompts, 4), left, top, right, bottom in pixels.
+            pixel_mask: (B, H, W), 1 on the image and 0 on its padding, which counts for nothing in the loss.
             **more: Further arguments of the model.
 
         Returns:
@@ -117,9 +123,43 @@ class SerialLoraForPromptableSegmentation(SerialLoraWithHead):
         output = self.backbone(pixel_values=pixel_values, multimask_output=False, **prompts)
         if masks is not None:
             check_masks(masks, *output.pred_masks.shape[:2])
+            check_framed(masks, pixel_values, self.preprocessing.pads or pixel_mask is not None)
             logits = F.interpolate(output.pred_masks[:, :, 0].float(), masks.shape[-2:], mode="bilinear")
-            output["loss"] = mask_loss(logits, masks.to(logits))
+            counted = None
+            if pixel_mask is not None:
+                check_pixel_mask(pixel_mask, pixel_values)
+                counted = F.interpolate(pixel_mask[:, None].to(logits), masks.shape[-2:], mode="nearest")
+            output["loss"] = mask_loss(logits, masks.to(logits), counted)
         return output
+
+    @torch.no_grad()
+    def predict(
+        self,
+        image: Any,
+        input_points: Tensor | None = None,
+        input_labels: Tensor | None = None,
+        input_boxes: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of what prompts show in a PIL image of any size, (prompts, height, width) at its own size.
+
+        Args:
+            image: The image.
+            input_points: (prompts, points, 2), x and y in pixels of the image.
+            input_labels: (prompts, points): 1 for a point on the object, 0 for one beside it.
+            input_boxes: (prompts, 4), left, top, right, bottom in pixels of the image.
+        """
+        like = next(self.backbone.parameters())
+        frame = self.preprocessing.frame(upright_size(image))
+
+        def placed(points: Tensor | None) -> Tensor | None:
+            if points is None:
+                return None
+            return frame.points(points.float().unflatten(-1, (-1, 2))).flatten(-2)[None].to(like)
+
+        points, boxes = placed(input_points), placed(input_boxes)
+        labels = None if input_labels is None else input_labels[None].to(like.device)
+        output = self(self.preprocessing(image)[None].to(like), None, points, labels, boxes)
+        return frame.restore(output.pred_masks[0, :, 0].float()).cpu()
 
 
 def _twins(module: nn.Module) -> dict[str, str]:

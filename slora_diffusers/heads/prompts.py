@@ -120,12 +120,20 @@ class SerialLoraForPromptClassification(SerialLoraWithHead):
         """
         return whole_model(self.backbone, save_directory)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise SerialLoraError unless the vision tower takes images of this height and width: it takes one size."""
+        config: Any = self.backbone.config
+        side = config.vision_config.image_size
+        if size != (side, side):
+            raise SerialLoraError(f"A {type(self.backbone).__name__} reads images, or tiles, of {side} x {side} alone.")
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, pixel_mask: Tensor | None = None) -> Any:
         """Logits (B, classes), and the cross-entropy if there are labels.
 
         Args:
             pixel_values: (B, 3, H, W), as `preprocessing` gives them.
             labels: (B,) class indices.
+            pixel_mask: Taken as other heads take it; a CLIP's own pooling has no use for it.
 
         Returns:
             transformers' `ImageClassifierOutput`.

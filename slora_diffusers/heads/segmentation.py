@@ -14,6 +14,7 @@ from ..config import SerialLoraConfig
 from ..errors import SerialLoraError
 from .backbones import last_features, layer_features
 from .base import SerialLoraWithHead, dtype_of, probe
+from .framing import CROP, check_framed, check_pixel_mask, ignore_padding
 from .losses import IGNORE_INDEX, check_pixel_labels, pixel_cross_entropy
 from .preprocessing import Preprocessing
 
@@ -28,6 +29,7 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
     """
 
     task = "semantic segmentation"
+    of_pixels = True
 
     @classmethod
     def from_backbone(
@@ -75,6 +77,11 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
         cls, backbone: nn.Module, classes: int, settings: dict[str, Any], preprocessing: Preprocessing
     ) -> nn.Module:
         _check_settings(settings)
+        if preprocessing.resize_mode == CROP:
+            raise SerialLoraError(
+                'Cropped images have pixels that are not seen, so they cannot be segmented: use resize_mode="pad", '
+                '"stretch" or "tile".'
+            )
         if settings["head"] == "linear":
             return nn.Conv2d(probe(backbone, preprocessing, last_features)[1].shape[1], classes, 1)
         maps = probe(backbone, preprocessing, layer_features)
@@ -83,12 +90,14 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
         chosen = probe(backbone, preprocessing, partial(layer_features, layers=settings["layers"]))
         return ConvolutionalHead([x.shape[1] for x in chosen], settings["width"], classes)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, pixel_mask: Tensor | None = None) -> Any:
         """Logits (B, classes, H, W) at the size of the input, and the cross-entropy if there are labels.
 
         Args:
             pixel_values: (B, 3, H, W).
-            labels: (B, H', W') class indices, at any size; pixels of 255 count for nothing.
+            labels: (B, H', W') class indices, at any size; pixels of 255 count for nothing. Of padded images they lie
+                over the input as the images do (`Frame.labels`).
+            pixel_mask: (B, H, W), 1 on the image and 0 on its padding, which counts for nothing.
 
         Raises:
             SerialLoraError: If the labels are of another shape, not whole numbers, or out of range.
@@ -98,6 +107,8 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
         """
         from transformers.modeling_outputs import SemanticSegmenterOutput
 
+        if pixel_mask is not None:
+            check_pixel_mask(pixel_mask, pixel_values)
         dtype = dtype_of(self.head)
         if self.settings["head"] == "linear":
             x = self.head(last_features(self.backbone, pixel_values)[1].to(dtype))  # (B, classes, h, w)
@@ -108,6 +119,8 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
         loss = None
         if labels is not None:
             check_pixel_labels(labels, len(logits), logits.shape[1])
+            check_framed(labels, pixel_values, self.preprocessing.pads or pixel_mask is not None)
+            labels = labels if pixel_mask is None else ignore_padding(labels, pixel_mask)
             same = labels.shape[-2:] == logits.shape[-2:]
             sized = logits if same else F.interpolate(x.float(), labels.shape[-2:], mode="bilinear")
             loss = pixel_cross_entropy(sized, labels)

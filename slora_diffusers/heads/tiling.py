@@ -1,64 +1,63 @@
-"""Large images at their own resolution: overlapping tiles, whose logits are blended where they meet."""
+"""Large images at their own resolution: overlapping tiles, whose logits are blended where they meet, or averaged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import SerialLoraError
+Shape = tuple[int, int]  # height and width in pixels
+Seen = Iterator[tuple[slice, slice, Tensor]]  # rows, columns and logits of each tile
 
 
-def check_tiles(tile: int, overlap: int, patch: int | None) -> None:
-    """Raise SerialLoraError unless tiles divide into patches and go on after each other."""
-    if tile < 1 or not 0 <= overlap < tile or (patch and tile % patch):
-        raise SerialLoraError(
-            f"A tile must be at least 1 pixel, a multiple of the model's patch ({patch or 1}), and the overlap from 0 "
-            f"to less than it; got tile={tile}, overlap={overlap}."
-        )
-
-
-@torch.no_grad()
-def tiled(run: Callable[[Tensor], Tensor], image: Tensor, tile: int, overlap: int) -> Tensor:
-    """Logits (classes, H, W) of an image of any size, each tile seen by itself.
-
-    Neighbours share `overlap` pixels, over which one fades into the other: at every pixel the weights sum to 1.
+def tiles(run: Callable[[Tensor, Tensor], Tensor], image: Tensor, size: Shape, overlap: int) -> Seen:
+    """The logits of every tile, each seen by itself.
 
     Args:
-        run: From pixels (1, 3, tile, tile) to logits (1, classes, tile, tile).
-        image: (3, H, W), prepared; a side below `tile` is filled up by its border.
-        tile: Side of a tile in pixels.
+        run: From pixels (1, 3, *size) and a mask (1, *size), 1 where they are image, to logits (1, classes, ...).
+        image: (3, H, W), prepared; a side below a tile's is filled up with zeros, to the right and below.
+        size: Height and width of a tile.
         overlap: Pixels that neighbours share.
     """
-    height, width = image.shape[1:]
-    padded = F.pad(image[None], (0, max(tile - width, 0), 0, max(tile - height, 0)), mode="replicate")
-    fade = _fade(tile, overlap).to(image.device)
-    window = fade[:, None] * fade  # (tile, tile)
-    total: Tensor | None = None
-    weights = torch.zeros(padded.shape[2:], device=image.device)
-    for top in _starts(padded.shape[2], tile, overlap):
-        for left in _starts(padded.shape[3], tile, overlap):
-            area = (..., slice(top, top + tile), slice(left, left + tile))
-            logits = run(padded[area])[0].float()  # (classes, tile, tile)
-            if total is None:
-                total = torch.zeros(len(logits), *padded.shape[2:], device=image.device)
-            total[area] += logits * window
-            weights[area] += window
-    assert total is not None
-    return (total / weights)[:, :height, :width]
+    missing = (0, max(size[1] - image.shape[2], 0), 0, max(size[0] - image.shape[1], 0))
+    padded, mask = F.pad(image, missing), F.pad(torch.ones(image.shape[1:]), missing)
+    rows, columns = (_slices(n, side, overlap) for n, side in zip(padded.shape[1:], size, strict=True))
+    for row in rows:
+        for column in columns:
+            yield row, column, run(padded[None, :, row, column], mask[None, row, column])[0].float().cpu()
 
 
-def _starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin: the last one ends with the image."""
-    return [*range(0, side - tile, tile - overlap), side - tile]
+def blended(seen: Seen, image: Shape, size: Shape, overlap: int) -> Tensor:
+    """Logits (classes, H, W) of an image: where tiles overlap one fades into the other, by weights that sum to 1."""
+    down, across = (_fade(side, overlap) for side in size)
+    window = down[:, None] * across  # (h, w)
+    height, width = (max(n, side) for n, side in zip(image, size, strict=True))
+    total: Tensor | float = 0.0
+    weights = torch.zeros(height, width)
+    for row, column, logits in seen:
+        total = total if isinstance(total, Tensor) else torch.zeros(len(logits), height, width)
+        total[:, row, column] += logits * window
+        weights[row, column] += window
+    return (total / weights)[:, : image[0], : image[1]]
 
 
-def _fade(tile: int, overlap: int) -> Tensor:
+def averaged(seen: Seen, *_: object) -> Tensor:
+    """The mean of the tiles' logits, (classes,): every tile has one vote."""
+    return torch.stack([logits for _, _, logits in seen]).mean(0)
+
+
+def _slices(length: int, side: int, overlap: int) -> list[slice]:
+    """Where tiles lie along one side: the last one ends with the image."""
+    starts = [*range(0, length - side, side - overlap), length - side]
+    return [slice(start, start + side) for start in starts]
+
+
+def _fade(side: int, overlap: int) -> Tensor:
     """Weight of each pixel of a row of a tile: rising over the overlap, falling over it at the other end."""
     ramp = torch.arange(1, overlap + 1) / (overlap + 1)
-    fade = torch.ones(tile)
+    fade = torch.ones(side)
     fade[:overlap] = torch.minimum(fade[:overlap], ramp)
-    fade[tile - overlap :] = torch.minimum(fade[tile - overlap :], ramp.flip(0))
+    fade[side - overlap :] = torch.minimum(fade[side - overlap :], ramp.flip(0))
     return fade

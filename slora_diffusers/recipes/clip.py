@@ -18,7 +18,7 @@ from ..heads.prompts import TOWERS, SerialLoraForPromptClassification
 from ..training.parsing import option
 from ..training.place import Place
 from ..training.vision.classification import ClassOptions, find_items, train_classifier
-from ..training.vision.recipe import hub_arguments, parse_options
+from ..training.vision.recipe import hub_arguments, parse_options, prepared
 
 LEARNING_RATES = {"serial": 4e-4, "full": 1e-6}  # twice CLIP-LoRA's rate for the pairs
 
@@ -47,4 +47,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     prompts = {"template": options.template, "padding": options.padding}
     path = options.pretrained_model_name_or_path
     model = SerialLoraForPromptClassification.from_clip(path, names, None, **prompts, **loading)
+    model.preprocessing = prepared(model.preprocessing, options)
+    model.check_size(model.preprocessing.size)
     return train_classifier(place, options, model, items, unseen)

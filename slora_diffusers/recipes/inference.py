@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from ..adapters.contexts import serial_lora_scale
 from ..errors import SerialLoraError
 from ..files.format import AdapterFile, Base
 from ..heads.base import open_backbone
-from ..heads.preprocessing import pixels_of
-from ..heads.tiling import tiled
+from ..heads.framing import TILE
+from ..heads.predict import predictions as predict
 from ..training.data.images import SUFFIXES, read_image
 from ..training.methods import LORA_WEIGHT_NAME, PeftLora
 from ..training.vision.recipe import HEAD_NAME
@@ -38,6 +39,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--fuse", action="store_true", help="Put the adapter into the weights first.")
     add("--scale", type=float, default=1.0, help="Scale of the adapter; 0 gives the base's features.")
     add("--batch_size", type=int, default=16, help="Images at a time.")
+    add(
+        "--tile",
+        type=int,
+        help="Side of tiles in which images are seen at their own resolution; by default as trained.",
+    )
+    add("--overlap", type=int, help="Pixels that tiles share; 64 by default, or as trained.")
     add("--dtype", choices=("no", "fp16", "bf16"), default="no", help="Precision of the weights; no means fp32.")
     return parser
 
@@ -69,7 +76,25 @@ def open_model(classes: Sequence[Any], options: argparse.Namespace) -> Any:
     model = chosen.from_pretrained(options.model, base, **name).to(device)
     if options.fuse:
         model.fuse()
+    see_in_tiles(model, options.tile, options.overlap)
     return model.to(dtype)
+
+
+def see_in_tiles(model: Any, tile: int | None, overlap: int | None) -> None:
+    """Let a model see images in tiles of a side, or tiles that share other pixels; None leaves it as it was trained.
+
+    Raises:
+        SerialLoraError: If there cannot be such tiles, or it sees none.
+    """
+    own = model.preprocessing
+    if tile is not None:
+        model.check_size((tile, tile))
+        given = 64 if overlap is None else overlap
+        model.preprocessing = replace(own, size=(tile, tile), resize_mode=TILE, overlap=given)
+    elif overlap is not None:
+        if own.resize_mode != TILE:
+            raise SerialLoraError("--overlap is what tiles share: give --tile too.")
+        model.preprocessing = replace(own, overlap=overlap)
 
 
 def _with_lora(base: Base, options: argparse.Namespace) -> nn.Module:
@@ -103,7 +128,7 @@ def image_files(given: Sequence[str]) -> list[Path]:
 def predictions(
     model: Any, paths: Sequence[Path], options: argparse.Namespace, skipped: list[dict[str, str]]
 ) -> Iterator[tuple[Path, Image.Image, Tensor]]:
-    """Every path with its image and its logits, (classes,) or (classes, H, W) in fp32, with a progress bar.
+    """Every path with its image and its logits, (classes,) or at the image's size (classes, H, W), with a progress bar.
 
     Args:
         model: The model to apply.
@@ -114,35 +139,19 @@ def predictions(
     Raises:
         SerialLoraError: If no file is an image.
     """
-    like = next(model.parameters())
     adapted = getattr(model.backbone, "_serial_lora", None) is not None
-    see = _in_tiles if getattr(options, "tile", None) else _squashed
     with tqdm(total=len(paths), unit="image") as bar:
         for start in range(0, len(paths), options.batch_size):
             images = _read(paths[start : start + options.batch_size], skipped)
             if images:
                 with serial_lora_scale(model.backbone, options.scale) if adapted else nullcontext():
-                    logits = see(model, list(images.values()), like, options)
-                yield from zip(images, images.values(), logits, strict=True)
+                    for (path, image), logits in zip(
+                        images.items(), predict(model, list(images.values())), strict=True
+                    ):
+                        yield path, image, logits
             bar.update(min(options.batch_size, len(paths) - start))
     if len(skipped) == len(paths):
         raise SerialLoraError(f"none of the {len(paths)} files is an image: {skipped[0]['reason']}")
-
-
-def _squashed(model: Any, images: Sequence[Image.Image], like: Tensor, options: argparse.Namespace) -> Sequence[Tensor]:
-    """Every image at the model's own size and shape."""
-    pixels = torch.stack([model.preprocessing(image) for image in images]).to(like)
-    return list(model(pixels).logits.float().cpu())
-
-
-def _in_tiles(model: Any, images: Sequence[Image.Image], like: Tensor, options: argparse.Namespace) -> Sequence[Tensor]:
-    """Every image at its own size and shape, tile by tile."""
-
-    def run(pixels: Tensor) -> Tensor:
-        return model(pixels).logits
-
-    prepared = (model.preprocessing.normalize(pixels_of(image)).to(like) for image in images)
-    return [tiled(run, pixels, options.tile, options.overlap).cpu() for pixels in prepared]
 
 
 def _read(paths: Sequence[Path], skipped: list[dict[str, str]]) -> dict[Path, Image.Image]:

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import SerialLoraError
-from ..heads.backbones import patch_size
 from ..heads.segmentation import SerialLoraForSemanticSegmentation
-from ..heads.tiling import check_tiles
 from ..training.vision.pictures import overlay
 from .inference import image_files, make_parser, open_model, predictions
 
@@ -30,20 +27,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/segmentation"), help="Where the pictures go.")
     parser.add_argument("--opacity", type=float, default=0.55, help="Weight of the colours in the overlay, 0 to 1.")
-    parser.add_argument("--tile", type=int, help="Side of the tiles in which images are seen at their own resolution.")
-    parser.add_argument("--overlap", type=int, default=64, help="Pixels that tiles share, where they are blended.")
     options = parser.parse_args(argv)
     if not 0 <= options.opacity <= 1:
         raise SerialLoraError(f"--opacity must lie in [0, 1]; got {options.opacity}.")
     paths = image_files(options.images)
     model = open_model((SerialLoraForSemanticSegmentation,), options)
-    if options.tile is not None:
-        check_tiles(options.tile, options.overlap, patch_size(model.backbone))
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results, skipped, used = [], [], set()
     for path, image, logits in predictions(model, paths, options, skipped):
-        resized = F.interpolate(logits[None], (image.height, image.width), mode="bilinear")
-        mask = resized.argmax(1)[0].byte().numpy()  # (H, W)
+        mask = logits.argmax(0).byte().numpy()  # (H, W)
         stems = (path.stem if number == 1 else f"{path.stem}_{number}" for number in count(1))
         stem = next(stem for stem in stems if stem not in used)  # files of one name in several folders
         used.add(stem)

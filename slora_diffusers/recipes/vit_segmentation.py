@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SerialLoraError
-from ..heads.preprocessing import Preprocessing
+from ..heads.framing import CROP
 from ..heads.segmentation import IGNORE_INDEX, SEGMENTATION_HEADS, SerialLoraForSemanticSegmentation
 from ..training.data.batches import Batch
 from ..training.data.images import Item
@@ -77,18 +76,14 @@ def find_items(options: Options, label_map: LabelMap) -> tuple[list[Item], Masks
     return items, {item.name: masks[item.name] for item in items}, unseen, masks
 
 
-@torch.no_grad()
-def confusion_of(
-    model: SerialLoraForSemanticSegmentation, items: Sequence[Item], masks: Masks, prepare: Preprocessing, place: Place
-) -> Tensor:
+def confusion_of(model: SerialLoraForSemanticSegmentation, items: Sequence[Item], masks: Masks, place: Place) -> Tensor:
     """The confusion matrix over all validation pixels, each image at its original resolution."""
     total = torch.zeros(model.num_labels, model.num_labels, dtype=torch.long)
     for item in items:
         truth = torch.from_numpy(masks[item.name]())  # (H, W)
         with place.autocast():
-            logits = model(prepare(item.read())[None].to(place.device, place.weight_dtype)).logits.float()
-        predicted = F.interpolate(logits, truth.shape, mode="bilinear").argmax(1)[0]  # (H, W)
-        total += confusion_matrix(predicted.cpu(), truth, model.num_labels)
+            predicted = model.predict(item.read()).argmax(0)  # (H, W)
+        total += confusion_matrix(predicted, truth, model.num_labels)
     return total
 
 
@@ -104,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     label_map = read_label_map(options.label_map)
     names = class_names(label_map)
     items, masks, unseen, unseen_masks = find_items(options, label_map)
+    if options.resize_mode == CROP:
+        raise SerialLoraError("--resize_mode crop leaves pixels out, which cannot be segmented: use pad, or --tile.")
     place = Place(options)
     backbone, prepare = open_for_training(options, place)
     shape = {"layers": options.head_layers, "width": options.head_width}
@@ -121,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return segmentation_loss(logits.float(), targets, weights, options.dice_weight, *shares)
 
     def evaluate() -> dict[str, float]:
-        overlap = Overlap.of(confusion_of(model, unseen, unseen_masks, prepare, place))
+        overlap = Overlap.of(confusion_of(model, unseen, unseen_masks, place))
         each = {f"iou/{name}": 100 * iou.item() for name, iou in zip(names, overlap.iou, strict=True)}
         return {**overlap.means(), **{name: iou for name, iou in each.items() if iou == iou}}  # NaN: not there
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...errors import SerialLoraError
+from ...heads.framing import TILE
 from ...heads.preprocessing import Preprocessing
 from ..randomness import generator
 from .few_shot import k_shot
@@ -134,13 +135,14 @@ def few_shots(items: Sequence[Item], shots: int, seed: int, names: Sequence[str]
 
 @dataclass(frozen=True)
 class Fetch:
-    """Reads an item for training: a random part of the image, of random shape, perhaps mirrored.
+    """Reads an item for training: a random part of the image, of random shape or as large as a tile, perhaps mirrored.
 
     Args:
         prepare: The backbone's normalisation.
         smallest: Smallest share of the image's area that a part may have; 1 takes the whole image.
         flip: Mirror half of the draws.
-        masks: {item's name: reader of its mask}; the mask then comes as a fourth channel.
+        masks: {item's name: reader of its mask}; the mask then comes as a fourth channel, 255 on padding. Without, that
+            is 1 on the image and 0 on padding, where images are padded.
     """
 
     prepare: Preprocessing
@@ -150,30 +152,37 @@ class Fetch:
 
     def __call__(self, item: Item, shape: tuple[int, int], draw: torch.Generator) -> Tensor:
         """Pixel values (3, H, W), or with a mask (4, H, W)."""
-        image = item.read()
+        image, prepare = item.read(), replace(self.prepare, size=shape)
         mask = Image.fromarray(self.masks[item.name]()) if self.masks else None
-        box, mirrored = self._part(image.size, draw)
-        image = image.crop(box)
-        pixels = replace(self.prepare, size=shape)(ImageOps.mirror(image) if mirrored else image)  # (3, H, W)
-        if mask is None:
-            return pixels
-        part = mask.crop(box).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
-        part = ImageOps.mirror(part) if mirrored else part
-        return torch.cat([pixels, torch.from_numpy(np.array(part)).float()[None]])  # (4, H, W)
+        box, mirrored = self._part(image.size, shape, draw)
+
+        def part(whole: Image.Image) -> Image.Image:
+            return ImageOps.mirror(whole.crop(box)) if mirrored else whole.crop(box)
+
+        pixels = prepare(part(image))  # (3, H, W)
+        frame = prepare.frame((box[3] - box[1], box[2] - box[0]))
+        if mask is not None:
+            return torch.cat([pixels, frame.labels(part(mask)).float()[None]])  # (4, H, W)
+        return torch.cat([pixels, frame.pixel_mask()[None]]) if prepare.pads else pixels
 
     def mask(self, item: Item, shape: tuple[int, int], draw: torch.Generator) -> Tensor:
         """What the pixels weigh, (1, H, W), of the same part, mirrored alike, as with the same draws."""
         if item.mask is None:
             return torch.ones(1, *shape)
         mask = item.mask()
-        box, mirrored = self._part(mask.size, draw)
-        part = mask.resize((shape[1], shape[0]), Image.Resampling.BILINEAR, box)
-        grey = torch.from_numpy(np.array(ImageOps.mirror(part) if mirrored else part))[None].float() / 255
-        return item.floor + (1 - item.floor) * grey
+        box, mirrored = self._part(mask.size, shape, draw)
+        part = ImageOps.mirror(mask.crop(box)) if mirrored else mask.crop(box)
+        frame = replace(self.prepare, size=shape).frame((part.height, part.width))
+        grey = torch.from_numpy(np.array(frame.resized(part)))[None].float() / 255
+        return frame.fill(item.floor + (1 - item.floor) * grey, 0.0)
 
-    def _part(self, size: tuple[int, int], draw: torch.Generator) -> tuple[tuple[int, int, int, int], bool]:
+    def _part(
+        self, size: tuple[int, int], shape: tuple[int, int], draw: torch.Generator
+    ) -> tuple[tuple[int, int, int, int], bool]:
         """The part of an image of a width and height that is taken, and whether it is mirrored."""
-        return random_box(size, self.smallest, draw), self.flip and bool(torch.rand(1, generator=draw) < 0.5)
+        tiled = self.prepare.resize_mode == TILE
+        box = random_window(size, shape, draw) if tiled else random_box(size, self.smallest, draw)
+        return box, self.flip and bool(torch.rand(1, generator=draw) < 0.5)
 
 
 def random_box(size: tuple[int, int], smallest: float, draw: torch.Generator) -> tuple[int, int, int, int]:
@@ -192,4 +201,18 @@ def random_box(size: tuple[int, int], smallest: float, draw: torch.Generator) ->
     width = max(1, round(size[0] * min(1.0, side * stretch)))
     height = max(1, round(size[1] * min(1.0, side / stretch)))
     left, top = round(x * (size[0] - width)), round(y * (size[1] - height))
+    return left, top, left + width, top + height
+
+
+def random_window(size: tuple[int, int], shape: tuple[int, int], draw: torch.Generator) -> tuple[int, int, int, int]:
+    """A part of an image as large as a tile, or all of a side that is smaller: (left, top, right, bottom).
+
+    Args:
+        size: Width and height of the image.
+        shape: Height and width of the tile.
+        draw: Where the randomness comes from.
+    """
+    width, height = min(size[0], shape[1]), min(size[1], shape[0])
+    left = int(torch.randint(size[0] - width + 1, (1,), generator=draw))
+    top = int(torch.randint(size[1] - height + 1, (1,), generator=draw))
     return left, top, left + width, top + height

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import SerialLoraError
 from ...heads.base import SerialLoraWithHead
+from ...heads.predict import predictions
 from ..data.batches import Batch
 from ..data.images import Item
 from ..data.labelled import Fetch, few_shots, hold_out, hub_dataset, image_folder
@@ -62,15 +63,13 @@ def find_items(options: ClassOptions) -> tuple[list[Item], list[Item], list[str]
     return few_shots(items, options.shots, options.seed, names), unseen, names
 
 
-@torch.no_grad()
 def logits_of(model: SerialLoraWithHead, items: Sequence[Item], place: Place, batch_size: int) -> Tensor:
     """Logits (N, classes) of images, a batch at a time."""
-    found = []
+    found: list[Tensor] = []
     for start in range(0, len(items), batch_size):
-        images = [model.preprocessing(item.read()) for item in items[start : start + batch_size]]
         with place.autocast():
-            found.append(model(torch.stack(images).to(place.device, place.weight_dtype)).logits.float().cpu())
-    return torch.cat(found)
+            found += predictions(model, [item.read() for item in items[start : start + batch_size]])
+    return torch.stack(found)
 
 
 def train_classifier(
@@ -93,8 +92,10 @@ def train_classifier(
 
     def loss_of(called: Any, batch: Batch) -> Tensor:
         targets = torch.tensor([item.label for item in batch.items], device=place.device)
+        pixels = batch.inputs[:, :3].to(place.device, place.weight_dtype)
+        padding = {"pixel_mask": batch.inputs[:, 3].to(place.device)} if batch.inputs.shape[1] == 4 else {}
         with place.autocast():
-            logits = called(batch.inputs.to(place.device, place.weight_dtype)).logits
+            logits = called(pixels, **padding).logits
         losses = F.cross_entropy(logits.float(), targets, weights, reduction="none")  # (B,)
         mean_weight = 1.0 if weights is None else weights[targets].mean()
         return (losses * batch.weights.to(losses)).mean() / mean_weight

@@ -18,6 +18,7 @@ from ...errors import SerialLoraError
 from ...files.format import WEIGHT_NAME
 from ...heads.backbones import patch_size
 from ...heads.base import SerialLoraWithHead, open_backbone
+from ...heads.framing import CROP, PAD, STRETCH, TILE
 from ...heads.preprocessing import Preprocessing
 from ..data.batches import Batch, Batches
 from ..data.images import Item
@@ -25,7 +26,7 @@ from ..data.labelled import Fetch
 from ..data.order import Rows, bucket_shapes
 from ..fit import Best, Validation, fit
 from ..methods import ADAPTERS, Adapter, Models, attach
-from ..options import NOT_NEGATIVE, BaseOptions, ImageOptions, parse
+from ..options import COUNT, NOT_NEGATIVE, BaseOptions, ImageOptions, parse
 from ..parsing import FREE, but, option
 from ..place import Place
 from ..precision import trainable
@@ -70,8 +71,20 @@ class VisionOptions(ImageOptions, BaseOptions):
         None, "Learning rate of the head; 3e-3 by default beside an adapter.", within=NOT_NEGATIVE
     )
     smallest_crop: float = option(
-        0.5, "Smallest share of an image that a random crop keeps; 1 for no crop.", within="(0, 1]"
+        0.5,
+        "Smallest share of an image that a random crop keeps; 1 for no crop. With --tile, crops are tiles.",
+        within="(0, 1]",
     )
+    resize_mode: str | None = option(
+        None,
+        "What becomes of an image of another shape: stretched, kept in shape and padded, or its centre; "
+        "by default stretched, SAM's padded.",
+        choices=(STRETCH, PAD, CROP),
+    )
+    tile: int | None = option(
+        None, "Side of tiles in which images are seen at their own resolution, instead of --resolution.", within=COUNT
+    )
+    overlap: int = option(64, "Pixels that tiles share in validation and later.", within=NOT_NEGATIVE)
     early_stopping: int = option(
         0, "Stop after so many validations without a better score; 0 for never.", within=NOT_NEGATIVE, resume=FREE
     )
@@ -99,6 +112,10 @@ def parse_options(
         raise SerialLoraError(f"--adapter must be one of {', '.join(rates)} here; got {given.adapter}.")
     if given.early_stopping and not given.validation_steps:
         raise SerialLoraError("--early_stopping counts validations: it needs --validation_steps.")
+    if given.tile is not None and (given.resolution is not None or given.resize_mode is not None):
+        raise SerialLoraError("--tile sees images as they are: leave out --resolution and --resize_mode.")
+    if given.tile is not None and given.overlap >= given.tile:
+        raise SerialLoraError(f"--overlap must be less than --tile, {given.tile}; got {given.overlap}.")
     rate = rates[given.adapter] if given.learning_rate is None else given.learning_rate
     usual = rate if given.adapter == "head" else HEAD_LEARNING_RATE
     head = usual if given.head_learning_rate is None else given.head_learning_rate
@@ -149,11 +166,18 @@ def open_for_training(options: VisionOptions, place: Place) -> tuple[nn.Module, 
     """
     path, where = options.pretrained_model_name_or_path, hub_arguments(options)
     backbone = open_backbone(path, dtype=place.weight_dtype, **where)
-    own = Preprocessing.of(path, **where)
-    sides = own.size if options.resolution is None else (options.resolution, options.resolution)
-    for side in sides:
+    prepare = prepared(Preprocessing.of(path, **where), options)
+    for side in prepare.size:
         bucket_shapes(side, None, patch_size(backbone) or 1)
-    return backbone, Preprocessing(sides, own.mean, own.std)
+    return backbone, prepare
+
+
+def prepared(own: Preprocessing, options: VisionOptions) -> Preprocessing:
+    """How images are prepared: as a model's own were, but for what the options say."""
+    if options.tile is not None:
+        return replace(own, size=(options.tile, options.tile), resize_mode=TILE, overlap=options.overlap)
+    size = own.size if options.resolution is None else (options.resolution, options.resolution)
+    return replace(own, size=size, resize_mode=options.resize_mode or own.resize_mode)
 
 
 @dataclass(frozen=True)
