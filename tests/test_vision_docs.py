@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from slora_diffusers import SerialLoraConfig, SerialLoraForImageClassification
 from tests.test_trainer_callback import Stripes
@@ -18,7 +19,7 @@ from tests.tiny.vision import VISION
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "vision.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-assert len(BLOCKS) == 7
+assert len(BLOCKS) == 8
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
@@ -40,6 +41,9 @@ def test_block_runs(number: int, tmp_path, monkeypatch):
         "masks": torch.randint(3, (2, 16, 16)),
         "objects": inputs["masks"],
         "boxes": inputs["input_boxes"],
+        "corners": torch.tensor([[0.0, 0.0, 9.0, 9.0]]),
+        "image": Image.effect_noise((50, 21), 90),
+        "mask": Image.new("L", (50, 21), 1),
         "model": adapted(),
         "images": Stripes(),
     }
