@@ -133,7 +133,8 @@ def _prepares(processor: Any, preprocessing: Preprocessing) -> bool:
     from PIL import Image
 
     height, width = preprocessing.size
-    grey = torch.linspace(0, 255, 4 * height * width).view(2 * height, 2 * width).to(torch.uint8)
+    down, across = (60 * torch.linspace(0, 6, 2 * side).sin() for side in (height, width))
+    grey = (127 + down[:, None] + across).to(torch.uint8)  # tells a shift in either direction
     for sides in ((2 * width, height), (width, 2 * height)):
         image = Image.fromarray(grey.numpy()).convert("RGB").resize(sides)
         try:
