@@ -28,12 +28,14 @@ class Frame:
         image: Height and width of the image.
         box: The part of the image that is seen, in its pixels.
         shape: Height and width of that part in the input.
+        mode: Key of `RESIZE_MODES`.
     """
 
     size: Shape
     image: Shape
     box: Box
     shape: Shape
+    mode: str = STRETCH
 
     def resized(self, image: Any, resample: int = BILINEAR) -> Any:
         """The part of a PIL image that is seen, at its size in the input."""
@@ -75,7 +77,7 @@ class Frame:
         if self.box != (0, 0, *self.image[::-1]):
             raise SerialLoraError('Of a cropped image a part was not seen: use resize_mode="pad" or "stretch".')
         batch = maps[None] if maps.ndim == 3 else maps
-        if self.shape != self.size:
+        if self.mode != STRETCH:  # by way of the input's size, also where nothing is padded: as SAM's processor
             batch = _sized(batch, self.size)[..., : self.shape[0], : self.shape[1]]
         batch = _sized(batch, self.image)
         return batch[0] if maps.ndim == 3 else batch
@@ -125,7 +127,7 @@ RESIZE_MODES: dict[str, Callable[[Shape, Shape], tuple[Box, Shape]]] = {
 
 def frame_of(image: Shape, size: Shape, mode: str) -> Frame:
     """Where an image of a size lies in an input of a size."""
-    return Frame(size, image, *RESIZE_MODES[mode](image, size))
+    return Frame(size, image, *RESIZE_MODES[mode](image, size), mode)
 
 
 def check_framed(labels: Tensor, pixels: Tensor, padded: bool) -> None:
