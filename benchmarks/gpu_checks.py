@@ -166,6 +166,7 @@ def section_xformers(bench: Bench) -> dict[str, Any]:
     model, streams = bench.model(case, torch.float16), bench.streams(case, torch.float16)
     adapters(model, 1)
     wanted = output(case, model, streams)
+    module: Any
     for module in model.modules():
         if hasattr(module, "set_processor"):
             module.set_processor(XFormersAttnProcessor())

@@ -279,6 +279,7 @@ def test_a_pair_follows_its_module_in_train_eval_and_dtype():
 def test_reserved_room_keeps_shapes_and_gives_the_equation():
     pair, x = pair_with((4, 2), {}, trainable=False), torch.randn(7, D)
     pair.reserve(8, 4, torch.zeros(()))
+    assert pair.reserved is not None
     shapes = [tuple(m.shape) for m in pair.reserved.buffers()]
     assert shapes == [(8, D), (D, 8), (4, 8), (2,)]
     for weights in ({}, {"a0": 1.0}, {"a0": 0.5, "a1": -1.0}, {"a1": 2.0}):

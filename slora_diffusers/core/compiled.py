@@ -6,14 +6,20 @@ model in question: a change of an eager model leaves the graphs of all others al
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+_CLEARED: weakref.WeakKeyDictionary[nn.Module, tuple[int, int, int]] = weakref.WeakKeyDictionary()
+"""Model -> what had been compiled in this process when none of it ran the model: the search walks the whole heap."""
 
 
 def forget_compiled(model: nn.Module) -> None:
@@ -27,8 +33,43 @@ def runs_compiled(model: nn.Module) -> bool:
     convert_frame = sys.modules.get("torch._dynamo.convert_frame")
     if convert_frame is None or not getattr(getattr(convert_frame, "output_codes", None), "seen", True):
         return False  # no graph was compiled in this process, or all have been dropped
-    own = {id(module) for module in model.modules()}
-    return any(_runs(compiled, own) for compiled in _compiled_things())
+    modules = list(model.modules())
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in modules):
+        return True
+    state = (convert_frame.FRAME_COUNTER, len(convert_frame.output_codes.seen), _wrappers().made)
+    if _CLEARED.get(model) == state:
+        return False
+    own = {id(module) for module in modules}
+    if any(_runs(compiled, own) for compiled in _compiled_things()):
+        return True
+    _CLEARED[model] = state
+    return False
+
+
+def wrappers() -> list[nn.Module]:
+    """What `torch.compile` has made of modules in this process."""
+    return list(_wrappers().held)
+
+
+class _Wrappers:
+    """Those that are there when they are first asked for, and from then on each as it is made."""
+
+    def __init__(self) -> None:
+        self.held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.made = 0
+        register_module_module_registration_hook(self._note)
+        frames = sys.modules.get("torch._dynamo.eval_frame")
+        for thing in gc.get_objects() if frames is not None else ():
+            if type(thing) is frames.OptimizedModule:  # pyright: ignore[reportOptionalMemberAccess]
+                self.held.add(thing)
+
+    def _note(self, wrapper: nn.Module, name: str, model: nn.Module | None) -> None:
+        if name == "_orig_mod":
+            self.held.add(wrapper)
+            self.made += 1
+
+
+_wrappers = functools.cache(_Wrappers)
 
 
 def _compiled_things() -> Iterator[Any]:

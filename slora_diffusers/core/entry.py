@@ -6,15 +6,11 @@ can: wait for a verb, ask the pipeline for its layout, write the operands. So th
 
 from __future__ import annotations
 
-import functools
-import gc
-import sys
-import weakref
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
+from .compiled import wrappers
 from .hooks import ModelCall
 from .sites import unwrap
 
@@ -37,24 +33,7 @@ def watch(model: nn.Module) -> None:
 
 
 def _wrappers(root: nn.Module) -> list[nn.Module]:
-    return [wrapper for wrapper in list(_known()) if unwrap(wrapper) is root]
-
-
-@functools.cache
-def _known() -> weakref.WeakSet[nn.Module]:
-    """All wrappers of this process: those that are there when first asked, and from then on each as it is made."""
-    known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-    def note(wrapper: nn.Module, name: str, model: nn.Module | None) -> None:
-        if name == "_orig_mod":
-            known.add(wrapper)
-
-    register_module_module_registration_hook(note)
-    frames = sys.modules.get("torch._dynamo.eval_frame")
-    for thing in gc.get_objects() if frames is not None else ():
-        if type(thing) is frames.OptimizedModule:  # pyright: ignore[reportOptionalMemberAccess]
-            known.add(thing)
-    return known
+    return [wrapper for wrapper in wrappers() if unwrap(wrapper) is root]
 
 
 class _Entry:

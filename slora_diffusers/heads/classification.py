@@ -160,7 +160,7 @@ def pool(token: Tensor | None, patches: Tensor, pooling: str, pixel_mask: Tensor
     """
     mean = patches.mean((2, 3))
     if pixel_mask is not None:
-        share = F.adaptive_avg_pool2d(pixel_mask[:, None].to(patches), patches.shape[-2:])  # (B, 1, h, w)
+        share = F.adaptive_avg_pool2d(pixel_mask[:, None].to(patches), [*patches.shape[-2:]])  # (B, 1, h, w)
         mean = (patches * share).sum((2, 3)) / share.sum((2, 3))
     if pooling == "mean":
         return mean

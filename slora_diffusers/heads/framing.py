@@ -74,7 +74,7 @@ class Frame:
         Raises:
             SerialLoraError: If part of the image was not seen.
         """
-        if self.box != (0, 0, *self.image[::-1]):
+        if self.box != _all_of(self.image):
             raise SerialLoraError('Of a cropped image a part was not seen: use resize_mode="pad" or "stretch".')
         batch = maps[None] if maps.ndim == 3 else maps
         if self.mode != STRETCH:  # by way of the input's size, also where nothing is padded: as SAM's processor
@@ -88,15 +88,20 @@ def _sized(maps: Tensor, size: Shape) -> Tensor:
     return maps if same else F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
+def _all_of(image: Shape) -> Box:
+    height, width = image
+    return 0, 0, width, height
+
+
 def _stretched(image: Shape, size: Shape) -> tuple[Box, Shape]:
-    return (0, 0, *image[::-1]), size
+    return _all_of(image), size
 
 
 def _padded(image: Shape, size: Shape) -> tuple[Box, Shape]:
     """The longest side fits, rounded as SAM does."""
     scale = min(size[0] / image[0], size[1] / image[1])
     height, width = (max(1, min(most, int(side * scale + 0.5))) for side, most in zip(image, size, strict=True))
-    return (0, 0, *image[::-1]), (height, width)
+    return _all_of(image), (height, width)
 
 
 def _cropped(image: Shape, size: Shape) -> tuple[Box, Shape]:
@@ -113,7 +118,7 @@ def _as_it_is(image: Shape, size: Shape) -> tuple[Box, Shape]:
             f"An image of {image[0]} x {image[1]} pixels is seen in tiles of {size[0]} x {size[1]}: use "
             "model.predict(image)."
         )
-    return (0, 0, *image[::-1]), image
+    return _all_of(image), image
 
 
 RESIZE_MODES: dict[str, Callable[[Shape, Shape], tuple[Box, Shape]]] = {

@@ -99,8 +99,10 @@ class Preprocessing:
             raise SerialLoraError(
                 f"The preprocessing's mean and std must be three numbers each, std above 0; got {channels}."
             )
-        how = {key: values[key] for key in ("resize_mode", "overlap") if key in values}  # files of before squash
-        return cls(*(tuple(value) for value in given), **how)
+        how: dict[str, Any] = {
+            key: values[key] for key in ("resize_mode", "overlap") if key in values
+        }  # files of before squash
+        return cls(*map(tuple, given), **how)
 
     @classmethod
     def of(cls, source: nn.Module | str | os.PathLike[str], **hub: Any) -> Preprocessing:
