@@ -160,7 +160,8 @@ def pool(token: Tensor | None, patches: Tensor, pooling: str, pixel_mask: Tensor
     """
     mean = patches.mean((2, 3))
     if pixel_mask is not None:
-        share = F.adaptive_avg_pool2d(pixel_mask[:, None].to(patches), [*patches.shape[-2:]])  # (B, 1, h, w)
+        h, w = patches.shape[-2:]
+        share = F.adaptive_avg_pool2d(pixel_mask[:, None].to(patches), (h, w))  # (B, 1, h, w)
         mean = (patches * share).sum((2, 3)) / share.sum((2, 3))
     if pooling == "mean":
         return mean

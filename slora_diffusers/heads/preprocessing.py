@@ -99,10 +99,9 @@ class Preprocessing:
             raise SerialLoraError(
                 f"The preprocessing's mean and std must be three numbers each, std above 0; got {channels}."
             )
-        how: dict[str, Any] = {
-            key: values[key] for key in ("resize_mode", "overlap") if key in values
-        }  # files of before squash
-        return cls(*map(tuple, given), **how)
+        named: dict[str, Any] = {key: tuple(values[key]) for key in ("size", "mean", "std")}
+        named |= {key: values[key] for key in ("resize_mode", "overlap") if key in values}  # files of before squash
+        return cls(**named)
 
     @classmethod
     def of(cls, source: nn.Module | str | os.PathLike[str], **hub: Any) -> Preprocessing:
