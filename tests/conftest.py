@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.graphs import fresh_dynamo  # noqa: F401  fixture
 from tests.tiny_runs import dit_base, text_bases  # noqa: F401  fixtures
 from tests.vision_recipes import scenes, stripes, vit_base  # noqa: F401  fixtures
 

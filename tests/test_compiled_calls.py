@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 import slora_diffusers as sl
 from slora_diffusers.core.reserved import Reserved
 from tests.adapters import add_random_adapter, output_of
+from tests.graphs import graphs
 from tests.test_lifecycle import FAMILIES
 from tests.tiny.models import TINY
 from tests.tiny.pipelines import tiny_sd3_pipeline
@@ -25,16 +26,7 @@ ONE_FAST = [
 ADAPTERS = {"a": {"rank": 2, "alpha": 1}, "b": {"rank": 4, "layers": [0]}, "c": {"rank": 3}, "d": {"rank": 1}}
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def graphs():
-    return counters["stats"]["unique_graphs"]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def states_of(tiny, adapters=ADAPTERS):

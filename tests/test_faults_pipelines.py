@@ -35,32 +35,28 @@ def sd3():
     return StableDiffusion3Pipeline(**dict.fromkeys(names), **models, scheduler=FlowMatchEulerDiscreteScheduler())  # pyright: ignore
 
 
-def wan():
-    """A pipeline of two transformers, with two adapters in each."""
-    pipe = pipeline()
-    for model in (pipe.transformer, pipe.transformer_2):
+def adapted(pipe, *models):
+    """The pipeline, with two adapters in each of these models of it."""
+    for model in models:
         add_random_adapter(model, "a", seed=1)
         add_random_adapter(model, "b", seed=2)
     return pipe
 
 
-def wan_fused():
-    pipe = wan()
-    pipe.fuse_serial_lora()
-    return pipe
+def wan():
+    """A pipeline of two transformers."""
+    pipe = pipeline()
+    return adapted(pipe, pipe.transformer, pipe.transformer_2)
 
 
 def with_encoder():
-    """A pipeline whose text encoder has an adapter beside the transformer's."""
+    """A pipeline whose text encoder has adapters beside the transformer's."""
     pipe = sd3()
-    for model in (pipe.transformer, pipe.text_encoder):
-        add_random_adapter(model, "a", seed=1)
-        add_random_adapter(model, "b", seed=2)
-    return pipe
+    return adapted(pipe, pipe.transformer, pipe.text_encoder)
 
 
-def with_encoder_fused():
-    pipe = with_encoder()
+def fused(pipe):
+    """The pipeline, with its adapters fused."""
     pipe.fuse_serial_lora()
     return pipe
 
@@ -90,7 +86,7 @@ PIPELINE_VERBS = {
     "swap in both": (wan, lambda pipe: pipe.load_serial_lora(FILES["wan"], "b", hotswap=True)),
     "set in both": (wan, lambda pipe: pipe.set_serial_lora("b", MIXED)),
     "fuse both": (wan, lambda pipe: pipe.fuse_serial_lora(scale=0.5)),
-    "unfuse both": (wan_fused, lambda pipe: pipe.unfuse_serial_lora()),
+    "unfuse both": (lambda: fused(wan()), lambda pipe: pipe.unfuse_serial_lora()),
     "delete from both": (wan, lambda pipe: pipe.delete_serial_lora("b")),
     "unload both": (wan, lambda pipe: pipe.unload_serial_lora()),
     "merge in both": (wan, lambda pipe: merge_serial_lora(pipe, ["a", "b"], [0.5, 2.0], "c")),
@@ -99,7 +95,7 @@ PIPELINE_VERBS = {
     "load into transformer and encoder": (sd3, lambda pipe: pipe.load_serial_lora(FILES["sd3"], "c")),
     "set in transformer and encoder": (with_encoder, lambda pipe: pipe.set_serial_lora("b", 0.5)),
     "fuse transformer and encoder": (with_encoder, lambda pipe: pipe.fuse_serial_lora()),
-    "unfuse transformer and encoder": (with_encoder_fused, lambda pipe: pipe.unfuse_serial_lora()),
+    "unfuse transformer and encoder": (lambda: fused(with_encoder()), lambda pipe: pipe.unfuse_serial_lora()),
     "delete from transformer and encoder": (with_encoder, lambda pipe: pipe.delete_serial_lora("a")),
     "unload transformer and encoder": (with_encoder, lambda pipe: pipe.unload_serial_lora()),
 }

@@ -97,6 +97,17 @@ def close(one, other):
     return torch.allclose(one, other, atol=1e-5)
 
 
+def load_into_owned(model, state, owner, when, ran):
+    """Load an adapter before or after the weights get their owner, and perhaps run the model."""
+    if when == "adapter first":
+        sl.load_serial_lora(model, state, "a0")
+    owner(model)
+    if when == "owner first":
+        sl.load_serial_lora(model, state, "a0")
+    if ran:
+        run(model)
+
+
 @pytest.fixture(params=list(OWNERS))
 def owner(request, tmp_path, stream):
     return lambda model: OWNERS[request.param](model, tmp_path / "kept")
@@ -107,13 +118,7 @@ def owner(request, tmp_path, stream):
 def test_every_verb_gives_the_plain_models_result_or_is_refused(owner, when, ran, tmp_path):
     state, other = adapter(), adapter(seed=2)
     model = SD3.build()
-    if when == "adapter first":
-        sl.load_serial_lora(model, state, "a0")
-    owner(model)
-    if when == "owner first":
-        sl.load_serial_lora(model, state, "a0")
-    if ran:
-        run(model)
+    load_into_owned(model, state, owner, when, ran)
 
     file = sl.save_serial_lora(model, tmp_path / "saved")
     saved = SD3.build()
@@ -279,13 +284,7 @@ def test_whole_modules_are_the_plain_models_or_refused(owner, when, ran, tmp_pat
     state, expected = sl.serial_lora_state_dict(trained), run(trained)
     model = SD3.build()
     base = run(model)
-    if when == "adapter first":
-        sl.load_serial_lora(model, state, "a0")
-    owner(model)
-    if when == "owner first":
-        sl.load_serial_lora(model, state, "a0")
-    if ran:
-        run(model)
+    load_into_owned(model, state, owner, when, ran)
     saved = SD3.build()
     sl.load_serial_lora(saved, sl.save_serial_lora(model, tmp_path / "saved"))
     assert close(run(saved), expected), "save"

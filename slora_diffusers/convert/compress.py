@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -129,36 +129,23 @@ def compress_lora(
     Source: Eckart and Young for the closed form; the ridge is Tikhonov's.
     """
     check_arguments(rank, ridge)
-    if keep_rest is not None:
-        check_folder(keep_rest, "keep_rest")
-    if plot is not None:
-        check_folder(Path(plot).parent, "the folder of the plot")
+    _check_folders(keep_rest, plot)
     models, pipeline = components_of(model), model if is_pipeline(model) else None
     lora = read_lora(lora_source, models, weight_name, pipeline, **hub)
-    slots = {c: slots_with_parts(models[c], parts, inputs) for c, parts in lora.parts.items()}
-    work = [(component, slot) for component, found in slots.items() for slot in found]
-    if not work:
-        raise AdapterFileError(_nothing_message(models, lora, inputs))
+    work = _work_of(lora, models, inputs)
     if keep_rest is None:
         _check_understood(lora, lora_source, models)
     name = adapter_name or free_name(adapted(model, required=False))
-    for component in dict.fromkeys(component for component, _ in work):
-        check_new_name(registry_of(models[component], create=True), name)
-    weights = {component: base_weights(models[component], "compress") for component in slots}
-    pairs: Products = {}
-    sites = []
-    for component, slot in track(work, f"Compressing to rank {rank}"):
-        pair, site = _compress(slot, weights[component](slot), lora.parts[component], rank, ridge)
-        pairs.setdefault(component, {})[slot.key] = pair
-        sites.append(replace(site, key=f"{component}.{slot.key}"))
+    for one in dict.fromkeys(models[component] for component, _ in work):
+        check_new_name(registry_of(one, create=True), name)
+    pairs, sites = _compress_all(track(work, f"Compressing to rank {rank}"), models, lora, rank, ridge)
     plans = [plan_load(models[c], as_adapter(models[c], found), name) for c, found in pairs.items()]
     carried = {(component, slot.called(p)) for component, slot in work for p in slot.projections}
     rest = _rest_of(lora, carried)
     files = _write_rest(rest, lora, Path(keep_rest), models, pipeline) if keep_rest is not None else []
     if plot is not None:
         plot_errors(sites, rank, Path(plot))
-    numel = sum(p.numel for c, parts in lora.parts.items() for path, p in parts.items() if (c, path) in carried)
-    report = _report(name, sites, lora, rest, files, sum(plan.report.parameters for plan in plans), numel)
+    report = _report(name, sites, lora, carried, rest, files, sum(plan.report.parameters for plan in plans))
     apply_plans(plans, weight=1.0)  # last, when nothing else can fail
     return report
 
@@ -170,6 +157,35 @@ def check_arguments(rank: int, ridge: float = RIDGE) -> None:
         raise SerialLoraError("rank must be a whole number of at least 1; got None.")
     if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < 1:
         raise SerialLoraError(f"ridge must lie between 0 and 1; got {ridge!r}.")
+
+
+def _check_folders(keep_rest: str | os.PathLike[str] | None, plot: str | os.PathLike[str] | None) -> None:
+    if keep_rest is not None:
+        check_folder(keep_rest, "keep_rest")
+    if plot is not None:
+        check_folder(Path(plot).parent, "the folder of the plot")
+
+
+def _work_of(lora: ReadLora, models: Mapping[str, nn.Module], inputs: Sequence[str] | None) -> list[tuple[str, Slot]]:
+    """(component, slot) of all pairs that carry some of the LoRA."""
+    work = [(c, slot) for c, parts in lora.parts.items() for slot in slots_with_parts(models[c], parts, inputs)]
+    if not work:
+        raise AdapterFileError(_nothing_message(models, lora, inputs))
+    return work
+
+
+def _compress_all(
+    work: Iterable[tuple[str, Slot]], models: Mapping[str, nn.Module], lora: ReadLora, rank: int, ridge: float
+) -> tuple[Products, list[SiteError]]:
+    """The pairs of all slots, by component, and how far each is from the LoRA."""
+    weights = {component: base_weights(models[component], "compress") for component in lora.parts}
+    pairs: Products = {}
+    sites = []
+    for component, slot in work:
+        pair, site = _compress(slot, weights[component](slot), lora.parts[component], rank, ridge)
+        pairs.setdefault(component, {})[slot.key] = pair
+        sites.append(replace(site, key=f"{component}.{slot.key}"))
+    return pairs, sites
 
 
 def _compress(slot: Slot, weights: Sequence[Tensor], parts: Mapping[str, Part], rank: int, ridge: float) -> Any:
@@ -242,10 +258,10 @@ def _report(
     name: str,
     sites: list[SiteError],
     lora: ReadLora,
+    carried: Collection[tuple[str, str]],
     rest: Products,
     files: list[Path],
     parameters: int,
-    lora_parameters: int,
 ) -> CompressReport:
     whole = sum(site.norm**2 for site in sites)
     lost = sum((site.relative_error * site.norm) ** 2 for site in sites)
@@ -260,7 +276,7 @@ def _report(
         tuple(files),
         tuple(module.name for module in lora.elsewhere),
         parameters,
-        lora_parameters,
+        sum(p.numel for c, parts in lora.parts.items() for path, p in parts.items() if (c, path) in carried),
         lora.kinds(),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,29 +99,42 @@ def export_lora(
     models, pipeline = adapted(model_or_pipe, required=False), model_or_pipe if is_pipeline(model_or_pipe) else None
     chosen = _chosen(model_or_pipe, models, adapter_names, weights)
     models = {component: models[component] for component in chosen}
-    for component, names in chosen.items():
-        if whole := sorted({path for name in names for path in modules_of(models[component]).get(name, [])}):
-            raise SerialLoraError(
-                f"No LoRA can hold the modules that the adapter brings whole (modules_to_save): {', '.join(whole)} of "
-                f"{component}. Fuse it and save the model, or pass the adapter's own file on (save_serial_lora)."
-            )
+    _check_no_modules(models, chosen)
     target = Target(models, pipeline, _origin(models, chosen))
     check_format(format, target)
     _warn_of_no_loader(format, target)
     lora: Products = {c: equivalent_lora(model, chosen[c], format, track) for c, model in models.items()}
-    if format == "kohya":
-        lora = as_kohya(lora, target)
+    lora = as_kohya(lora, target) if format == "kohya" else lora
     lora, error, errors = truncate(lora, rank, track, ROUNDING.get(dtype or torch.float32, 1e-6))
-    _follow_attention(lora)
-    if dtype is not None:
-        lora = {c: {path: part.to(dtype) for path, part in modules.items()} for c, modules in lora.items()}
-    _check_finite(lora)
+    lora = _storable(lora, dtype)
     files = write_lora(lora, Path(save_directory), format, target, weight_name)
     load = how_to_load(format, target, Path(save_directory), weight_name)
     parts = [part for modules in lora.values() for part in modules.values()]
     return ExportReport(
         files=tuple(files), format=format, adapters=chosen, modules=len(parts), load=load, **sizes(parts, error, errors)
     )
+
+
+def _check_no_modules(models: Mapping[str, nn.Module], chosen: Mapping[str, Iterable[str]]) -> None:
+    for component, names in chosen.items():
+        if whole := sorted({path for name in names for path in modules_of(models[component]).get(name, [])}):
+            raise SerialLoraError(
+                f"No LoRA can hold the modules that the adapter brings whole (modules_to_save): {', '.join(whole)} of "
+                f"{component}. Fuse it and save the model, or pass the adapter's own file on (save_serial_lora)."
+            )
+
+
+def _storable(lora: Products, dtype: torch.dtype | None) -> Products:
+    """The products as loaders take them, in a dtype.
+
+    Raises:
+        AdapterStateError: If one is not finite there.
+    """
+    _follow_attention(lora)
+    if dtype is not None:
+        lora = {c: {path: part.to(dtype) for path, part in modules.items()} for c, modules in lora.items()}
+    _check_finite(lora)
+    return lora
 
 
 def _follow_attention(lora: Products) -> None:

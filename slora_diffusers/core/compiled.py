@@ -18,9 +18,6 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-_CLEARED: weakref.WeakKeyDictionary[nn.Module, tuple[int, int, int]] = weakref.WeakKeyDictionary()
-"""Model -> what had been compiled in this process when none of it ran the model: the search walks the whole heap."""
-
 
 def forget_compiled(model: nn.Module) -> None:
     """Drop compiled graphs if one of them may run this model: it would go on with the forward of before."""
@@ -34,57 +31,54 @@ def runs_compiled(model: nn.Module) -> bool:
     if convert_frame is None or not getattr(getattr(convert_frame, "output_codes", None), "seen", True):
         return False  # no graph was compiled in this process, or all have been dropped
     modules = list(model.modules())
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in modules):
+    if any(_original(module) is not None for module in modules):
         return True
-    state = (convert_frame.FRAME_COUNTER, len(convert_frame.output_codes.seen), _wrappers().made)
-    if _CLEARED.get(model) == state:
-        return False
     own = {id(module) for module in modules}
-    if any(_runs(compiled, own) for compiled in _compiled_things()):
-        return True
-    _CLEARED[model] = state
-    return False
+    state = (convert_frame.FRAME_COUNTER, len(convert_frame.output_codes.seen))
+    return any(_runs(compiled, own) for compiled in _compiled().originals(state))
 
 
 def wrappers() -> list[nn.Module]:
     """What `torch.compile` has made of modules in this process."""
-    return list(_wrappers().held)
+    return list(_compiled().wrappers)
 
 
-class _Wrappers:
-    """Those that are there when they are first asked for, and from then on each as it is made."""
+class _Compiled:
+    """What was compiled in this process. Wrappers of modules are noted as they are made; for all else the heap is
+    searched, once for each state of the compiler: what has no graph yet does not matter."""
 
     def __init__(self) -> None:
-        self.held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self.made = 0
+        self.wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._others: list[weakref.ref[Any]] = []
+        self._state: tuple[int, int] | None = None
         register_module_module_registration_hook(self._note)
         frames = sys.modules.get("torch._dynamo.eval_frame")
         for thing in gc.get_objects() if frames is not None else ():
             if type(thing) is frames.OptimizedModule:  # pyright: ignore[reportOptionalMemberAccess]
-                self.held.add(thing)
+                self.wrappers.add(thing)
 
     def _note(self, wrapper: nn.Module, name: str, model: nn.Module | None) -> None:
         if name == "_orig_mod":
-            self.held.add(wrapper)
-            self.made += 1
+            self.wrappers.add(wrapper)
+
+    def originals(self, state: tuple[int, int]) -> Iterator[Any]:
+        """What torch.compile was called on, and the modules that it was told to compile in place."""
+        if state != self._state:
+            self._others = [weakref.ref(thing) for thing in gc.get_objects() if _original(thing) is not None]
+            self._state = state
+        yield from (wrapper._orig_mod for wrapper in list(self.wrappers))
+        yield from (_original(thing) for ref in self._others if (thing := ref()) is not None)
 
 
-_wrappers = functools.cache(_Wrappers)
+_compiled = functools.cache(_Compiled)
 
 
-def _compiled_things() -> Iterator[Any]:
-    """What torch.compile was called on, and the modules that it was told to compile in place."""
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if kind is OptimizedModule:
-            yield thing._orig_mod
-        elif kind is FunctionType:
-            if (original := vars(thing).get("_torchdynamo_orig_callable")) is not None:
-                yield original
-        elif issubclass(kind, nn.Module) and getattr(thing, "_compiled_call_impl", None) is not None:
-            yield thing
+def _original(thing: Any) -> Any | None:
+    """What a compiled function was made of, or the module itself that was compiled in place; None of other things."""
+    kind = type(thing)
+    if kind is FunctionType:
+        return vars(thing).get("_torchdynamo_orig_callable")
+    return thing if issubclass(kind, nn.Module) and getattr(thing, "_compiled_call_impl", None) is not None else None
 
 
 def _runs(compiled: Any, own: set[int]) -> bool:

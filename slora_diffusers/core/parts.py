@@ -23,7 +23,7 @@ from .hooks import Followed
 from .marks import PART, mark, unmark
 from .names import CONTAINER, is_of_pair
 from .offload import Storage, device_of
-from .sites import find_slots, unwrap
+from .sites import Slot, find_slots, unwrap
 
 _MOVING = threading.RLock()  # functional_call puts tensors into the copy itself
 _HOOKS = ("_hf_hook", "_old_forward", "_diffusers_hook", "forward", PART)  # of others, in a module's own attributes
@@ -182,8 +182,9 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
             )
         found |= fits
     outer = [path for path in modules if path in found and not any(path.startswith(f"{other}.") for other in found)]
+    slots = find_slots(model) if outer else []
     for path in outer:
-        _check_module(model, modules, path)
+        _check_module(model, modules, path, slots)
     return {path: modules[path] for path in outer}
 
 
@@ -247,7 +248,7 @@ def check_one_each(path: str, holders: Mapping[str, Iterable[str]]) -> None:
         )
 
 
-def _check_module(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> None:
+def _check_module(model: nn.Module, modules: Mapping[str, nn.Module], path: str, slots: Iterable[Slot]) -> None:
     module, cannot = modules[path], f"modules_to_save cannot take {path!r}:"
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         raise SerialLoraError(f"{cannot} a {type(module).__name__} is never called. Name the modules in it.")
@@ -257,7 +258,7 @@ def _check_module(model: nn.Module, modules: Mapping[str, nn.Module], path: str)
         raise SerialLoraError(f"{cannot} it carries a LoRA of PEFT. Unload that first.")
     if isinstance(modules.get(path.rpartition(".")[0], unwrap(model)), nn.MultiheadAttention):
         raise SerialLoraError(f"{cannot} nn.MultiheadAttention reads its weights without calling it.")
-    for slot in find_slots(model):
+    for slot in slots:
         fed = next((p for one in slot.projections if f"{(p := slot.called(one))}.".startswith(f"{path}.")), None)
         if fed is not None or f"{slot.path}.".startswith(f"{path}."):
             raise SerialLoraError(

@@ -82,9 +82,7 @@ def load_serial_lora(
     """
     check_hub_arguments(hub)
     models = components_of(model)
-    weights = per_component(weight, models)
-    for one in weights.values():
-        check_weight(one)
+    weights = _weights_for(weight, models)
     name = _name_for(adapted(model, required=False), adapter_name, hotswap)
     if not is_pipeline(model) and not hotswap:
         check_new_name(registry_of(model, create=True), name)
@@ -96,8 +94,7 @@ def load_serial_lora(
     }
     left = _left_by(models, parts, name) if hotswap and component is None else []
     if component is None:
-        taken = {id(part) for part in parts.values()}
-        file.warn_of_rest([key for key, part in file.components.items() if id(part) in taken])
+        file.warn_of_rest([key for key, part in file.components.items() if any(part is one for one in parts.values())])
     apply_plans(list(plans.values()), [weights[c] if activate else None for c in plans], left)
     return for_each(model, {component: plan.report for component, plan in plans.items()})
 
@@ -153,6 +150,14 @@ def _left_by(models: Mapping[str, nn.Module], parts: Mapping[str, Component], na
     for one in left:
         check_not_fused(registry_of(one), "replace an adapter")
     return left
+
+
+def _weights_for(weight: float | Mapping[str, float], models: Mapping[str, nn.Module]) -> Mapping[str, float]:
+    """{component: weight}, all of them checked."""
+    weights = per_component(weight, models)
+    for one in weights.values():
+        check_weight(one)
+    return weights
 
 
 def check_weight(weight: Any) -> None:

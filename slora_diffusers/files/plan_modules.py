@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config import SerialLoraConfig
 from ..core.parts import find_modules, persistent
-from ..errors import AdapterFileError, SerialLoraError
+from ..errors import SerialLoraError
 from .format import Component
 
 
@@ -49,8 +49,6 @@ def _found(model: nn.Module, name: str) -> Mapping[str, nn.Module | None]:
     """{path: module} of those that a name chooses; of one that chooses none itself, with None."""
     try:
         return find_modules(model, [name])
-    except AdapterFileError:
-        raise
     except SerialLoraError:
         return {name: None}
 

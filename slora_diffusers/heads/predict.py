@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .framing import TILE
-from .preprocessing import pixels_of, upright_rgb
+from .preprocessing import pixels_of
 from .tiling import averaged, blended, tiles
 
 
@@ -31,8 +31,8 @@ def predictions(model: Any, images: Sequence[Any]) -> Iterator[Tensor]:
                 logits = _in_tiles(model, image, like)
             yield logits
         return
-    frames = [prepare.frame(upright_size(image)) for image in images]
-    pixels = torch.stack([prepare(image) for image in images]).to(like)
+    prepared = [prepare.framed(image) for image in images]
+    pixels, frames = torch.stack([x for x, _ in prepared]).to(like), [frame for _, frame in prepared]
     masks = torch.stack([frame.pixel_mask() for frame in frames]).to(like.device) if prepare.pads else None
     with torch.no_grad():
         output = model(pixels, **({} if masks is None else {"pixel_mask": masks})).logits.float()
@@ -49,9 +49,3 @@ def _in_tiles(model: Any, image: Any, like: Tensor) -> Tensor:
 
     seen = tiles(run, pixels, prepare.size, prepare.overlap)
     return (blended if model.of_pixels else averaged)(seen, tuple(pixels.shape[1:]), prepare.size, prepare.overlap)
-
-
-def upright_size(image: Any) -> tuple[int, int]:
-    """Height and width of a PIL image, turned as EXIF says."""
-    upright = upright_rgb(image)
-    return upright.height, upright.width

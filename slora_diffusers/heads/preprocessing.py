@@ -63,9 +63,13 @@ class Preprocessing:
         Raises:
             SerialLoraError: If it is larger than the tiles that it is to be seen in.
         """
+        return self.framed(image)[0]
+
+    def framed(self, image: Any) -> tuple[Tensor, Frame]:
+        """The same, and where the image lies in it."""
         upright = upright_rgb(image)
         frame = self.frame((upright.height, upright.width))
-        return frame.fill(self.normalize(pixels_of(frame.resized(upright))), 0.0)
+        return frame.fill(self.normalize(pixels_of(frame.resized(upright))), 0.0), frame
 
     def frame(self, size: tuple[int, int]) -> Frame:
         """Where an upright image of a height and width lies in the input: its padding, labels, points, the way back."""

@@ -22,7 +22,6 @@ from .base import SerialLoraWithHead, open_model
 from .deploy import whole_model
 from .framing import check_framed, check_pixel_mask
 from .losses import check_masks, mask_loss
-from .predict import upright_size
 from .preprocessing import Preprocessing
 
 
@@ -149,7 +148,7 @@ class SerialLoraForPromptableSegmentation(SerialLoraWithHead):
             input_boxes: (prompts, 4), left, top, right, bottom in pixels of the image.
         """
         like = next(self.backbone.parameters())
-        frame = self.preprocessing.frame(upright_size(image))
+        pixels, frame = self.preprocessing.framed(image)
 
         def placed(points: Tensor | None) -> Tensor | None:
             if points is None:
@@ -158,7 +157,7 @@ class SerialLoraForPromptableSegmentation(SerialLoraWithHead):
 
         points, boxes = placed(input_points), placed(input_boxes)
         labels = None if input_labels is None else input_labels[None].to(like.device)
-        output = self(self.preprocessing(image)[None].to(like), None, points, labels, boxes)
+        output = self(pixels[None].to(like), None, points, labels, boxes)
         return frame.restore(output.pred_masks[0, :, 0].float()).cpu()
 
 
