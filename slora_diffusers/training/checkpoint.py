@@ -27,7 +27,7 @@ _FOLDER = re.compile(r"checkpoint-(\d+)")
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if _FOLDER.fullmatch(path.name)]
-    return sorted((path for path in found if (path / STATE_NAME).is_file()), key=_step)
+    return sorted((path for path in found if (path / STATE_NAME).is_file()), key=step_of)
 
 
 def write_checkpoint(
@@ -80,7 +80,7 @@ def set_aside_after(output_dir: Path, step: int) -> list[Path]:
     """
     moved = []
     for path in checkpoints(output_dir):
-        if _step(path) > step:
+        if step_of(path) > step:
             target = path.with_name(f"abandoned-{path.name}")
             if target.exists():
                 shutil.rmtree(target)
@@ -265,7 +265,8 @@ def _shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
     match = _FOLDER.fullmatch(path.name)
     assert match is not None
     return int(match[1])

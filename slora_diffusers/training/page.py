@@ -28,6 +28,7 @@ from ..convert.merge import scaled_pairs
 from ..files.format import AdapterFile
 from ..files.storage import WEIGHT_NAME
 from .charts import Point, bar_chart, line_chart
+from .checkpoint import checkpoints, step_of
 
 PAGE, METRICS = "index.html", "metrics.jsonl"
 EVERY = 5.0
@@ -124,7 +125,7 @@ class Page:
 
     def _norms_html(self, last: int | None) -> str:
         """The adapter's norms, of every checkpoint that is there and, where the run has ended, of the result."""
-        folders = {int(p.name.rpartition("-")[2]): p for p in self.folder.glob("checkpoint-*") if p.name[11:].isdigit()}
+        folders = {step_of(folder): folder for folder in checkpoints(self.folder)}
         folders |= {} if last is None else {last: self.folder}
         files = {step: folder / WEIGHT_NAME for step, folder in sorted(folders.items())}
         norms = {s: self._once(self._norms, path, _norms_in) for s, path in files.items() if path.is_file()}
