@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import slora_diffusers
+from slora_diffusers.core.calls import ONE_VERB
 from tests.adapters import traces
 
 PACKAGE = str(Path(slora_diffusers.__file__).parent)
@@ -117,5 +118,6 @@ def check_faults(
             call(broken)
             if not same(state(broken), states[1]):
                 wrong.append((line, str(fault), ["retry"]))
+        assert not ONE_VERB._is_owned(), f"{fault} left verbs locked"  # pyright: ignore[reportAttributeAccessIssue]
     assert not wrong, f"{len(wrong)} of {total} lines: {wrong[:5]}"
     return total

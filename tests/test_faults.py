@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -90,6 +91,12 @@ def test_a_fault_at_some_lines_of_a_verb_leaves_the_model_before_or_after(verb):
 def test_a_fault_inside_what_a_verb_calls_leaves_the_model_before_or_after(verb):
     """In torch, contextlib and all else: where an allocation fails, or Ctrl-C comes."""
     check(verb, some, within="")
+
+
+@pytest.mark.parametrize("verb", ["set", "load into a base", "reserve", "unfuse"])
+def test_a_fault_where_a_verb_leaves_its_block_leaves_other_threads_free(verb):
+    """In contextlib, where Python suspends what a `with` block has left to do for as long as the exception is kept."""
+    check(verb, lambda total: range(1, total + 1), within=contextlib.__file__)
 
 
 @pytest.mark.slow

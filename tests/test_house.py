@@ -134,6 +134,18 @@ def test_one_module_knows_an_adapters_header_and_two_the_note_in_an_export():
     assert looking_into_headers(PACKAGE) == ["convert/describe.py", "convert/layouts/write.py", "files/format.py"]
 
 
+def test_every_change_of_a_model_stands_in_the_verbs_own_lock():
+    """A generator that an interrupt leaves suspended gives nothing back; the `with` of a function does."""
+    first = [
+        [ast.unparse(item.context_expr) for item in node.items]
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.With) and "changing(" in ast.unparse(node.items[-1])
+    ]
+    assert len(first) >= 10
+    assert [names for names in first if names[0] != "ONE_VERB"] == []
+
+
 def test_the_root_keeps_a_handful_of_modules():
     assert {path.stem for path in PACKAGE.glob("*.py")} == {
         "__init__", "config", "errors", "loader", "peft_names", "verbs",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..config import SerialLoraConfig
-from ..core.change import Change
+from ..core.change import Change, pass_gate
 from ..core.compiled import forget_compiled
 from ..core.hooks import FIRST_ARGUMENT, Followed, ModelCall, attach, detach
 from ..core.layer import SerialLoraPair
@@ -112,6 +112,7 @@ def register(model: nn.Module) -> Registry:
     call = ModelCall(registry)
     model.register_forward_pre_hook(call.before, with_kwargs=True)
     model.register_forward_hook(call.after, always_call=True)
+    registry.call.turn = pass_gate(model, registry.call.turn)
     for module in model.modules():  # a model inside, such as a vision tower, can be saved by itself
         if hasattr(type(module), "save_pretrained"):
             vars(module)["save_pretrained"] = SavePretrained(module, registry)

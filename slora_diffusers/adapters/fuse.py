@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.calls import ONE_VERB
 from ..core.change import Change, changing
 from ..core.components import adapted, check_known, held_by, names_of
 from ..core.hooks import check_scale
@@ -60,7 +61,7 @@ def fuse_serial_lora(model: Any, adapter_names: str | Sequence[str] | None = Non
             "them active with set_serial_lora()."
         )
     fused = {component: _fused(one, list(held[component]), scale) for component, one in models.items()}
-    with changing(*models.values()) as change:
+    with ONE_VERB, changing(*models.values()) as change:
         for component, one in models.items():
             _replace(change, one, *fused[component])
 
@@ -81,7 +82,7 @@ def unfuse_serial_lora(model: Any) -> None:
         raise AdapterStateError("Nothing is fused. Call fuse_serial_lora() first.")
     for one in models.values():
         _check_untouched(one)
-    with changing(*models.values()) as change:
+    with ONE_VERB, changing(*models.values()) as change:
         for one in models.values():
             registry, storage = registry_of(one), Storage(unwrap(one))
             assert registry.fused is not None

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.calls import ONE_VERB
 from ..core.change import changing
 from ..core.components import adapted, check_known, components_of, held_by, is_pipeline
 from ..core.offload import Storage
@@ -98,7 +99,7 @@ def initialize_serial_lora(
     prefix = {component: f"{component}." if is_pipeline(model) else "" for component in models}
     factors = {f"{prefix[component]}{key}": pair for component, part in parts.items() for key, pair in part.items()}
     starts, energies = gradient_starts(list(components_of(model).values()), factors, backward, passes)
-    with changing(*models.values()) as change:
+    with ONE_VERB, changing(*models.values()) as change:
         put_starts(factors, starts, change.on_failure)
         for one in models.values():
             record_start(one, adapter_name)

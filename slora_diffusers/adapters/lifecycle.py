@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config import SerialLoraConfig
+from ..core.calls import ONE_VERB
 from ..core.change import changing
 from ..core.components import adapted, check_known, denoisers_of, for_each, held_by, per_component
 from ..core.offload import Storage
@@ -92,7 +93,7 @@ def add_serial_lora(model: Any, config: SerialLoraConfig, adapter_name: str = "d
     if config.init == GRADIENT:  # recorded once it is true
         config = replace(config, init="kaiming")
         logger.warning("%s starts as kaiming until initialize_serial_lora() is called, before training.", adapter_name)
-    with changing(*models.values()) as change:
+    with ONE_VERB, changing(*models.values()) as change:
         for component, matrices in made.items():
             freeze_base(models[component])
             put_in(change, models[component], adapter_name, matrices, config, 1.0, True, copies[component])
@@ -130,7 +131,7 @@ def set_serial_lora(
     each = {c: {name: weights_of[name][c] for name in held_by(one, chosen)} for c, one in models.items()}
     for component, one in models.items():
         check_active(one, each[component])
-    with changing(*models.values()):
+    with ONE_VERB, changing(*models.values()):
         for component, one in models.items():
             activate(one, each[component])
 
@@ -153,7 +154,7 @@ def delete_serial_lora(model: Any, adapter_names: str | Sequence[str]) -> None:
         check_not_fused(registry_of(one), "delete an adapter")
         if set(held_by(one, names)) & set(registry_of(one).active):
             check_reserved(one, "delete an active adapter")
-    with changing(*models.values()):
+    with ONE_VERB, changing(*models.values()):
         for one in models.values():
             remove_adapters(one, held_by(one, names))
 
@@ -189,7 +190,7 @@ def move_serial_lora(model: Any, adapter_names: str | Sequence[str], device: tor
         raise AdapterStateError(f"The adapters cannot be moved to {device!r}: {error}") from error
     if any(tensor.is_meta for tensor in moved):
         raise AdapterStateError("The device 'meta' keeps no numbers: move the adapters to 'cpu' instead.")
-    with changing(*models.values()) as change:
+    with ONE_VERB, changing(*models.values()) as change:
         for tensor, there in zip(tensors, moved, strict=True):
             change.on_failure(functools.partial(setattr, tensor, "data", tensor.data))
             tensor.data = there
@@ -206,7 +207,7 @@ def unload_serial_lora(model: Any) -> None:
     `unfuse_serial_lora` first to get the base back.
     """
     models = adapted(model, required=False)
-    with changing(*models.values()):
+    with ONE_VERB, changing(*models.values()):
         for one in models.values():
             if (fused := registry_of(one).fused) is not None:
                 kind = type(unwrap(one)).__name__
@@ -244,7 +245,7 @@ def reserve_serial_lora(
         raise AdapterStateError(f"samples must be a whole number of at least 1; got {samples!r}.")
     models = denoisers_of(model)
     room = {component: _room(one, capacity, inputs, dtype) for component, one in models.items()}
-    with changing(*models.values()):
+    with ONE_VERB, changing(*models.values()):
         for component, places in room.items():
             registry = register(models[component])
             registry.capacity = capacity

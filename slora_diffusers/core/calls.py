@@ -7,7 +7,7 @@ seen by another thread, and changes nothing in the model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -111,6 +111,17 @@ WAITING: set[int] = set()
 """Threads whose forward waits for a verb, of whatever model: the verb need not wait for them in turn."""
 
 
+def between_verbs(call: Callable[[], object] = lambda: None) -> None:
+    """Do something while no verb of another thread is at work; such a verb does not wait for this thread meanwhile."""
+    me = threading.get_ident()
+    WAITING.add(me)
+    try:
+        with ONE_VERB:  # it is free as soon as the verb has ended, however it ended
+            call()
+    finally:
+        WAITING.discard(me)
+
+
 class Turn:
     """Whose turn it is: a forward of another thread waits while a verb changes the model's adapters."""
 
@@ -119,12 +130,5 @@ class Turn:
 
     def wait(self) -> None:
         """Before a forward: let a verb of another thread finish."""
-        me = threading.get_ident()
-        if self.changed_by in (None, me):
-            return
-        WAITING.add(me)
-        try:
-            with ONE_VERB:  # it is free as soon as the verb has ended, however it ended
-                pass
-        finally:
-            WAITING.discard(me)
+        if self.changed_by not in (None, threading.get_ident()):
+            between_verbs()

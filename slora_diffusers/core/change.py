@@ -1,10 +1,11 @@
 """Nothing between: the one place in which a verb changes models. It finishes, or everything is put back.
 
-    with changing(model) as change:   # waits for forwards of other threads, remembers the state
-        ...                           # whatever is raised here, the model is as it was
+    with ONE_VERB, changing(model) as change:   # waits for forwards of other threads, remembers the state
+        ...                                     # whatever is raised here, the model is as it was
 
 A verb reads, checks and computes before it enters. Inside, hooks, pairs, registry and flags are remembered for it; what
-else it changes (a weight) it names with `change.on_failure`.
+else it changes (a weight) it names with `change.on_failure`. The lock stands in the verb's own `with`: Python gives it
+back there whatever happens, where `changing` may be left suspended by a Ctrl-C in the middle of contextlib.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterStateError
-from .calls import ONE_VERB, WAITING, Turn
+from .calls import WAITING, Turn
 from .entry import watch
 from .layer import SerialLoraPair
 from .marks import PART
@@ -62,30 +63,40 @@ def changing(*models: nn.Module) -> Iterator[Change]:
     for model, root in zip(models, roots, strict=True):
         if (registry := _registry(root)) is not None and registry.capacity is not None:
             watch(model)
-    with ONE_VERB:
-        _refuse_while_generating(roots)
-        snapshots = [Snapshot(root) for root in roots]
-        change = Change()
-        turns = [_turn_of(root) for root in roots]
-        try:
-            for turn in turns:
-                turn.changed_by = threading.get_ident()
-            # What has no adapter yet has no hook at which its forwards would wait.
-            bare = [(root, turn) for root, turn in zip(roots, turns, strict=True) if _registry(root) is None]
-            gates = [root.register_forward_pre_hook(_Gate(turn)) for root, turn in bare]
-            _wait_for_forwards(roots)
-            yield change
-            for gate in gates:
-                gate.remove()
-        except BaseException:
-            with _interrupts_later():
-                for snapshot in snapshots:
-                    snapshot.restore()
-                change.undo()
-            raise
-        finally:
-            for turn in turns:
-                turn.changed_by = None
+    _refuse_while_generating(roots)
+    snapshots = [Snapshot(root) for root in roots]
+    change = Change()
+    turns = [_turn_of(root) for root in roots]
+    try:
+        for turn in turns:
+            turn.changed_by = threading.get_ident()
+        # What has no adapter yet has no hook at which its forwards would wait.
+        bare = [(root, turn) for root, turn in zip(roots, turns, strict=True) if _registry(root) is None]
+        gates = [root.register_forward_pre_hook(_Gate(turn)) for root, turn in bare]
+        _wait_for_forwards(roots)
+        yield change
+        for gate in gates:
+            gate.remove()
+    except GeneratorExit:  # an interrupt between here and the verb, which had done all that it does
+        raise
+    except BaseException:
+        with _interrupts_later():
+            for snapshot in snapshots:
+                snapshot.restore()
+            change.undo()
+        raise
+    finally:
+        for turn in turns:
+            turn.changed_by = None
+
+
+def pass_gate(model: nn.Module, turn: Turn) -> Turn:
+    """Once the model's own hooks wait in front of its forwards: take away what waited so far, whose turn they take."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _Gate):
+            del model._forward_pre_hooks[key]
+            return hook.turn
+    return turn
 
 
 class _Gate:

@@ -12,7 +12,7 @@ import time
 from torch import nn
 
 from ..errors import AdapterStateError
-from .calls import ONE_VERB, WAITING, Call, CallState
+from .calls import WAITING, Call, CallState, between_verbs
 from .compiled import runs_compiled
 from .layer import SerialLoraPair
 from .running import others_run
@@ -51,12 +51,7 @@ def set_gate(model: nn.Module, call: CallState) -> None:
     Raises:
         AdapterStateError: If there is no room, and something compiled runs the model.
     """
-    if not ONE_VERB.acquire(blocking=False):
-        return  # a verb of another thread is at work; the next forward writes
-    try:
-        _write(model, call, call.current(), None)
-    finally:
-        ONE_VERB.release()
+    between_verbs(lambda: _write(model, call, call.current(), None))
 
 
 def _write(model: nn.Module, call: CallState, now: Call, batch: int | None) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from types import FrameType
 
 from torch import nn
@@ -20,16 +21,26 @@ def others_run(models: Sequence[nn.Module], besides: Collection[int] = ()) -> bo
     )
 
 
-def frames_of_others(besides: Collection[int] = ()) -> Iterator[FrameType]:
+def frames_of_others(besides: Collection[int] = ()) -> list[FrameType]:
     """Every frame of every other thread, innermost first."""
     me = threading.get_ident()
+    frames: list[FrameType] = []
     if threading.active_count() == 1:
-        return
-    for thread, frame in sys._current_frames().items():
-        inner: FrameType | None = None if thread == me or thread in besides else frame
-        while inner is not None:
-            yield inner
-            inner = inner.f_back
+        return frames
+    # Before Python 3.12 a frame object that is made may start a collection, which lets the other thread run and leave
+    # the very frame that is being read (python/cpython#106883 pauses it in `_current_frames` for the same reason).
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for thread, frame in sys._current_frames().items():
+            inner: FrameType | None = None if thread == me or thread in besides else frame
+            while inner is not None:
+                frames.append(inner)
+                inner = inner.f_back
+    finally:
+        if collecting:
+            gc.enable()
+    return frames
 
 
 def _is_one_of(running: object, models: Sequence[nn.Module]) -> bool:

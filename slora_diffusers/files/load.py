@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters.attach import drop_empty_sites, freeze_base, put_in, take_out
 from ..adapters.lifecycle import remove_adapters
 from ..config import SerialLoraConfig
+from ..core.calls import ONE_VERB
 from ..core.change import changing
 from ..core.components import (
     DENOISER,
@@ -116,7 +117,7 @@ def apply_plans(
         if w is not None and plan.modules:
             active = {**registry_of(plan.model, create=True).active, name: w}
             check_modules(plan.model, active, {name: list(plan.modules)})
-    with changing(*(plan.model for plan in plans), *left) as change:
+    with ONE_VERB, changing(*(plan.model for plan in plans), *left) as change:
         for plan, w in zip(plans, each, strict=True):
             registry, name = registry_of(plan.model, create=True), plan.report.adapter_name
             if plan.replaces and name in registry.configs:
