@@ -229,6 +229,33 @@ def test_an_exported_program_follows_scales_mixes_and_changes(strict):
         assert not output_of(run, DIT, **arguments).isnan().any()
 
 
+@pytest.mark.slow  # a C++ compiler at work
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch copies its own tree specs
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # the batch's size, remembered
+def test_what_aotinductor_made_follows_scales_mixes_and_changes_once_it_knows_the_operands(tmp_path):
+    """As docs/adapters.md has it."""
+    reserved, plain = twins(DIT)
+    arguments = batch_of(DIT, 4)
+    with torch.no_grad():
+        program = torch.export.export(reserved, (), arguments)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    run = torch._inductor.aoti_load_package(path)
+    operands = {name: buffer for name, buffer in reserved.named_buffers() if ".reserved." in name}
+    run.load_constants(operands, check_full_update=False, user_managed=True)
+    for names in (["a", None, ("b", 0.5), {"c": 1.0, "d": -0.5}], ["d", "a"], [None]):
+        with sl.serial_lora_batch(reserved, names), sl.serial_lora_batch(plain, names):
+            assert torch.allclose(output_of(run, DIT, **arguments), output_of(plain, DIT, **arguments), atol=1e-4), (
+                names
+            )
+    for chosen, scale in ((["a"], 1.0), (["b", "c"], 0.5), ([], 1.0)):
+        for model in (reserved, plain):
+            sl.set_serial_lora(model, chosen)
+        with sl.serial_lora_scale(reserved, scale), sl.serial_lora_scale(plain, scale):
+            assert torch.allclose(output_of(run, DIT, **arguments), output_of(plain, DIT, **arguments), atol=1e-4), (
+                chosen
+            )
+
+
 def test_what_finds_no_room_is_refused_compiled_and_served_eager():
     reserved, plain = twins(DIT, capacity=(4, 2), samples=3)
     arguments = batch_of(DIT, 4)

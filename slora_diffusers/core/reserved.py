@@ -46,8 +46,9 @@ class Reserved(nn.Module):
         self.register_buffer("A", like.new_zeros(rank, features), persistent=False)
         self.register_buffer("B", like.new_zeros(features, rank), persistent=False)
         self.register_buffer("gate", like.new_zeros(samples, rank), persistent=False)
-        # Rows after which the samples come again, and rows of one sample, side by side.
-        self.register_buffer("layout", torch.ones(2, dtype=torch.long, device=like.device), persistent=False)
+        # Rows after which the samples come again, and rows of one sample, side by side. Not as a vector (2,): the
+        # values of one of up to eight numbers are written into the code that AOTInductor makes.
+        self.register_buffer("layout", torch.ones(1, 2, dtype=torch.long, device=like.device), persistent=False)
         self.placed: dict[str, _Place] = {}
 
     def forward(self, x: Tensor, batch: int | None) -> Tensor:
@@ -57,7 +58,7 @@ class Reserved(nn.Module):
 
     def _gains(self, x: Tensor, batch: int | None) -> Tensor:
         """The gains of each row (B, 1, ..., R), or of all (R,); NaN where the batch does not hold the samples."""
-        period, each = self.layout.unbind()
+        period, each = self.layout[0].unbind()
         if batch is not None and x.shape[0] != batch:  # other axes are folded into it: whose row is whose is not known
             return torch.where(period == 1, self.gate[0], torch.nan)
         row = torch.arange(x.shape[0], device=x.device)
@@ -84,7 +85,7 @@ class Reserved(nn.Module):
             for name, gain in sample.items():
                 row[self.placed[name].columns] = gain
         self.gate[: len(gains)].copy_(gate)
-        self.layout.copy_(torch.tensor([1 if len(gains) == 1 else len(gains) * each, each]))
+        self.layout[0].copy_(torch.tensor([1 if len(gains) == 1 else len(gains) * each, each]))
         return True
 
     def _place(self, matrices: Mapping[str, Matrices]) -> None:
