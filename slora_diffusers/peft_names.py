@@ -29,6 +29,7 @@ _ANSWERS = {
 _NOT_CARRIED = (
     *("use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters"),
     *("trainable_token_indices", "lora_bias", "exclude_modules", "alora_invocation_tokens", "use_qalora"),
+    *("use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
 
 
@@ -56,13 +57,16 @@ def settings_of_peft(config: Any) -> dict[str, Any]:
     settings = {ours: values[theirs] for theirs, ours in _NAMES.items() if values.get(theirs) is not None}
     if values.get("layers_to_transform") is not None:
         settings["layers"] = values["layers_to_transform"]
-    if values.get("init_lora_weights") == "gaussian":
+    start = values.get("init_lora_weights")
+    if start == "gaussian":
         settings["init"] = "gaussian"
     if values.get("modules_to_save"):
         settings["modules_to_save"] = values["modules_to_save"]
     left_out = [name for name in _NOT_CARRIED if values.get(name)]
     if values.get("bias", "none") != "none":
         left_out.append("bias")
+    if isinstance(start, str) and start != "gaussian":
+        left_out.append(f"init_lora_weights={start!r}")
     if left_out:
         warnings.warn(f"Of PEFT's config, {', '.join(left_out)} has no counterpart and is left out.", stacklevel=3)
     return settings

@@ -151,6 +151,10 @@ class TestLycoris:
         R = torch.block_diag(*((eye + q) @ torch.linalg.inv(eye - q) for q in Q))
         close(dW, 1.5 * R.T @ W - W)
 
+    def test_a_butterfly_of_rotations_is_refused(self):
+        with pytest.raises(sl.SerialLoraError, match="to_q is a BOFT, which is not read"):
+            read(oft_blocks=normal(2, 4, 4, 4))
+
     def test_a_full_difference_is_itself(self):
         diff = normal(D, D)
         dW, _ = read(diff=diff)
@@ -216,6 +220,7 @@ ODD = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The state dict is of PEFT and has no adapter_config.json")
 class TestNothingIsHalfRead:
     """What is not understood is named and refused, or kept beside the result as it was."""
 
@@ -234,7 +239,7 @@ class TestNothingIsHalfRead:
         assert not sl.serial_lora_status(model).adapters
 
     @pytest.mark.parametrize(
-        "key", ["emb_params", "base_model.model.proj_out_1.weight", f"base_model.model.{PATH}.ia3_l"]
+        "key", ["emb_params", "base_model.model.proj_out_1.weight", f"base_model.model.{PATH}.diff_b"]
     )
     def test_an_odd_key_is_kept_beside_as_it_was(self, lora, key, tmp_path):
         model = TINY_DIT.build()

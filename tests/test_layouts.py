@@ -11,6 +11,8 @@ from slora_diffusers.convert.layouts.read import read_lora
 from tests.loras import FAMILIES, LAYOUTS, MIXINS, layouts_of, make_lora, mixin_of
 from tests.tiny.models import TINY
 
+pytestmark = pytest.mark.filterwarnings("ignore:The state dict is of PEFT and has no adapter_config.json")
+
 CELLS = [(family, layout) for family in FAMILIES for layout in layouts_of(family)]
 OTHERS = [family for family in TINY if "/" not in family and family not in FAMILIES]
 CELLS += [(family, layout) for family in OTHERS for layout in ("diffusers", "PEFT", "OneTrainer", "LyCORIS")]

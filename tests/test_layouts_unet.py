@@ -14,6 +14,8 @@ from slora_diffusers.convert.layouts.read import read_lora
 from slora_diffusers.core.sites import find_slots
 from tests.adapters import add_random_adapter
 
+pytestmark = pytest.mark.filterwarnings("ignore:The state dict is of PEFT and has no adapter_config.json")
+
 
 def pipeline():
     with torch.random.fork_rng(devices=[]):

@@ -172,8 +172,11 @@ def _adapter_component(component: Component, pairs: Mapping[str, LowRank], model
 
 def _lora_tables(report: LoraReport) -> list[Any]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
+    remedy = "`slora compress` turns it into a Serial LoRA"
+    if report.obstacle is not None:
+        remedy = f"it cannot be read: {report.obstacle}"
     rows = [
-        ("an ordinary LoRA", f"{kinds}; `slora compress` turns it into a Serial LoRA"),
+        ("an ordinary LoRA", f"{kinds}; {remedy}"),
         ("layout", report.layout),
         ("names modules of", models_of(report)),
         ("base, by its header", report.base or "not said"),

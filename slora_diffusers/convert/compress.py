@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -135,17 +135,14 @@ def compress_lora(
     work = _work_of(lora, models, inputs)
     if keep_rest is None:
         _check_understood(lora, lora_source, models)
-    name = adapter_name or free_name(adapted(model, required=False))
-    for one in dict.fromkeys(models[component] for component, _ in work):
-        check_new_name(registry_of(one, create=True), name)
+    name = _new_name(adapter_name, model, [models[component] for component, _ in work])
     pairs, sites = _compress_all(track(work, f"Compressing to rank {rank}"), models, lora, rank, ridge)
     plans = [plan_load(models[c], as_adapter(models[c], found), name) for c, found in pairs.items()]
-    carried = {(component, slot.called(p)) for component, slot in work for p in slot.projections}
-    rest = _rest_of(lora, carried)
-    files = _write_rest(rest, lora, Path(keep_rest), models, pipeline) if keep_rest is not None else []
+    rest = _rest_of(lora, work)
+    files = [] if keep_rest is None else _write_rest(rest, lora, Path(keep_rest), models, pipeline)
     if plot is not None:
         plot_errors(sites, rank, Path(plot))
-    report = _report(name, sites, lora, carried, rest, files, sum(plan.report.parameters for plan in plans))
+    report = _report(name, sites, lora, rest, files, sum(plan.report.parameters for plan in plans))
     apply_plans(plans, weight=1.0)  # last, when nothing else can fail
     return report
 
@@ -164,6 +161,14 @@ def _check_folders(keep_rest: str | os.PathLike[str] | None, plot: str | os.Path
         check_folder(keep_rest, "keep_rest")
     if plot is not None:
         check_folder(Path(plot).parent, "the folder of the plot")
+
+
+def _new_name(given: str | None, model: Any, chosen: Iterable[nn.Module]) -> str:
+    """The new adapter's name, checked to be free."""
+    name = given or free_name(adapted(model, required=False))
+    for one in dict.fromkeys(chosen):
+        check_new_name(registry_of(one, create=True), name)
+    return name
 
 
 def _work_of(lora: ReadLora, models: Mapping[str, nn.Module], inputs: Sequence[str] | None) -> list[tuple[str, Slot]]:
@@ -214,8 +219,9 @@ def slots_with_parts(model: nn.Module, parts: Mapping[str, Part], inputs: Sequen
     ]
 
 
-def _rest_of(lora: ReadLora, carried: set[tuple[str, str]]) -> Products:
+def _rest_of(lora: ReadLora, work: Iterable[tuple[str, Slot]]) -> Products:
     """What no pair carries, by component, at the rank that it needs."""
+    carried = {(component, slot.called(p)) for component, slot in work for p in slot.projections}
     rest: Products = {}
     for component, parts in lora.parts.items():
         for path, part in parts.items():
@@ -258,7 +264,6 @@ def _report(
     name: str,
     sites: list[SiteError],
     lora: ReadLora,
-    carried: Collection[tuple[str, str]],
     rest: Products,
     files: list[Path],
     parameters: int,
@@ -276,7 +281,7 @@ def _report(
         tuple(files),
         tuple(module.name for module in lora.elsewhere),
         parameters,
-        sum(p.numel for c, parts in lora.parts.items() for path, p in parts.items() if (c, path) in carried),
+        sum(p.numel for c, parts in lora.parts.items() for path, p in parts.items() if path not in rest.get(c, {})),
         lora.kinds(),
     )
 

@@ -18,7 +18,7 @@ from ..core.components import components_of, is_pipeline
 from ..core.names import split_place
 from ..records.registry import ARCHITECTURES
 from .compress import slots_with_parts
-from .layouts.kinds import settings_of
+from .layouts.kinds import obstacle, settings_of
 from .layouts.names import DENOISERS, ORIGINALS
 from .layouts.parts import Module, Parts, split_key
 from .layouts.read import find_lora, open_lora, read_lora, sort_lora
@@ -71,6 +71,7 @@ class LoraReport:
         bytes: Size of the file.
         not_understood: Keys that are no part of any module.
         carried: What would be carried, if a base was given.
+        obstacle: Why it cannot be read as a LoRA, if so.
     """
 
     source: str
@@ -85,6 +86,7 @@ class LoraReport:
     bytes: int | None
     not_understood: tuple[str, ...]
     carried: Carried | None = None
+    obstacle: str | None = None
     kind: str = field(default="lora", init=False)
 
 
@@ -102,6 +104,7 @@ def describe_lora(source: Any, base: Any = None, weight_name: str | None = None)
     tensors, settings = open_lora(source, weight_name)
     parts = sort_lora(tensors, source)
     path = None if isinstance(source, Mapping) else find_lora(source, weight_name)
+    reason = next(filter(None, map(obstacle, settings.values())), None)
     labels = [module.label for module in parts.modules.values()]
     alphas = {_alpha(module, settings_of(module.name, settings)) for module in parts.modules.values()}
     return LoraReport(
@@ -116,7 +119,8 @@ def describe_lora(source: Any, base: Any = None, weight_name: str | None = None)
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
         bytes=None if path is None else path.stat().st_size,
         not_understood=tuple(parts.rest),
-        carried=None if base is None else _carried(source, base, weight_name),
+        carried=None if base is None or reason else _carried(source, base, weight_name),
+        obstacle=reason,
     )
 
 

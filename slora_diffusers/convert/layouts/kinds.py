@@ -24,6 +24,11 @@ from .parts import Module
 Settings = Mapping[str, Any]
 """Fields of the PEFT config that belongs to a module; empty where the file has none."""
 
+_PEFT_TYPES = ("LORA", "LOHA", "LOKR", "OFT")
+_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights, besides yes and no, that leave the base's weights as they are."""
+_NO_PLAIN_CHANGE = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "use_bdlora")
+
 
 def needs_weight(module: Module) -> bool:
     """Whether the change depends on the base's weight."""
@@ -46,6 +51,10 @@ def shape_of(module: Module) -> tuple[int, int] | None:
         return w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1]
     if module.kind == "diff":
         return t["diff"].shape[0], t["diff"].shape[1] if t["diff"].ndim > 1 else 1
+    if "blocks" in t and t["blocks"].ndim != 3:
+        raise AdapterFileError(
+            f"{module.name} is a BOFT, which is not read; merge it into its base with LyCORIS first."
+        )
     return (t["blocks"].shape[0] * t["blocks"].shape[1], 0) if "blocks" in t else None
 
 
@@ -65,11 +74,33 @@ def change_of(module: Module, settings: Settings, W: Tensor | None) -> LowRank:
         if "scalar" in module.tensors:
             dW = LowRank(dW.A, dW.B * module.tensors["scalar"].float().reshape(()))
         return _decomposed(module, dW, W) if "dora" in module.tensors else dW
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, IndexError) as error:
-        shapes = {part: tuple(tensor.shape) for part, tensor in module.tensors.items()}
-        raise AdapterFileError(
-            f"The matrices of {module.name} do not make a {module.label}: {shapes}. The file is damaged."
-        ) from error
+        raise no_change(module) from error
+
+
+def no_change(module: Module) -> AdapterFileError:
+    """The error for a module whose matrices do not fit each other."""
+    shapes = {part: tuple(tensor.shape) for part, tensor in module.tensors.items()}
+    return AdapterFileError(
+        f"The matrices of {module.name} do not make a {module.label}: {shapes}. The file is damaged."
+    )
+
+
+def obstacle(settings: Settings) -> str | None:
+    """Why a PEFT config's adapters have no change of the base's weights that their matrices alone give, if so."""
+    kind = str(settings.get("peft_type") or "LORA").upper()
+    if kind not in _PEFT_TYPES:
+        return f"it is of PEFT's type {kind}, and {', '.join(_PEFT_TYPES)} are read"
+    if (start := settings.get("init_lora_weights")) not in (None, True, False, *_KEEP_THE_BASE):
+        return (
+            f"it was trained with init_lora_weights={start!r}, which takes a part out of the base's weights that the "
+            "file does not hold; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    if (used := next((name for name in _NO_PLAIN_CHANGE if settings.get(name)), None)) is not None:
+        return f"{used} of its config makes it more than a change of weights"
+    return None
 
 
 def _lora(module: Module, settings: Settings, W: Tensor | None) -> LowRank:
@@ -118,26 +149,25 @@ def _lokr(module: Module, settings: Settings, W: Tensor | None) -> LowRank:
 def _oft(module: Module, settings: Settings, W: Tensor | None) -> LowRank:
     """W' = R W with a rotation of blocks of the output (LyCORIS, kohya), or W' = W R^T of the input (PEFT)."""
     assert W is not None
-    if W.ndim > 2:
-        raise RuntimeError("rotations of convolutions are not read")
+    shape, W = W.shape, W.float().flatten(1)
     if "R" in module.tensors:
         R = _peft_rotation(module.tensors["R"].float(), settings)
         blocks = R.expand(W.shape[1] // R.shape[1], -1, -1) if R.shape[0] == 1 else R
-        turned = torch.einsum("okn,kmn->okm", W.float().unflatten(1, (blocks.shape[0], blocks.shape[1])), blocks)
-        return dense(turned.flatten(1) - W.float())
+        turned = torch.einsum("okn,kmn->okm", W.unflatten(1, (blocks.shape[0], blocks.shape[1])), blocks)
+        return dense((turned.flatten(1) - W).reshape(shape))
     Q = module.tensors["blocks"].float()
     Q = Q - Q.transpose(1, 2)
     limit = module.alpha or 0.0
     if settings.get("network_module", "").endswith("networks.oft"):
-        limit *= W.shape[0]  # sd-scripts multiplies when it loads, LyCORIS before it saves
+        limit *= shape[0]  # sd-scripts multiplies when it loads, LyCORIS before it saves
     if 0 < limit < (norm := torch.linalg.vector_norm(Q).item() + 1e-8):
         Q = Q * (limit / norm)
     identity = torch.eye(Q.shape[1])
     R = (identity + Q) @ torch.linalg.inv(identity - Q)
-    turned = torch.einsum("knm,kni->kmi", R, W.float().unflatten(0, (Q.shape[0], Q.shape[1]))).flatten(0, 1)
+    turned = torch.einsum("knm,kni->kmi", R, W.unflatten(0, (Q.shape[0], Q.shape[1]))).flatten(0, 1)
     if "rescale" in module.tensors:
         turned = turned * module.tensors["rescale"].float().reshape(-1, 1)
-    return dense(turned - W.float())
+    return dense((turned - W).reshape(shape))
 
 
 def _diff(module: Module, settings: Settings, W: Tensor | None) -> LowRank:
@@ -157,15 +187,17 @@ def dense(dW: Tensor) -> LowRank:
 
 
 def _decomposed(module: Module, dW: LowRank, W: Tensor | None) -> LowRank:
-    """DoRA: W' = m V / ||V|| with V = W + dW, norms over each output (PEFT), or each input (LyCORIS' first)."""
+    """DoRA: W' = m V / ||V|| with V = W + dW, norms of each output (PEFT), or each input (LyCORIS' first)."""
     assert W is not None
     magnitude = module.tensors["dora"].float()
     V = W.float() + (dW.B @ dW.A.flatten(1)).reshape(W.shape)
-    over_inputs = magnitude.ndim == 1 or magnitude.shape[0] == V.shape[0]
-    if magnitude.numel() != V.shape[0 if over_inputs else 1]:
+    # PEFT's are of outputs in any shape, also (1, out, 1, 1); of others the shape tells: (out, 1) or (1, in).
+    peft = ".lora_magnitude_vector" in module.keys.get("dora", "")
+    of_outputs = peft or magnitude.ndim == 1 or magnitude.shape[0] == V.shape[0]
+    if magnitude.numel() != V.shape[0 if of_outputs else 1]:
         raise RuntimeError("the magnitudes are neither one for each output nor one for each input")
-    flat = V.flatten(1) if over_inputs else V.transpose(0, 1).flatten(1)
-    shape = (-1, *[1] * (V.ndim - 1)) if over_inputs else (1, -1, *[1] * (V.ndim - 2))
+    flat = V.flatten(1) if of_outputs else V.transpose(0, 1).flatten(1)
+    shape = (-1, *[1] * (V.ndim - 1)) if of_outputs else (1, -1, *[1] * (V.ndim - 2))
     scale = magnitude.reshape(-1) / torch.linalg.vector_norm(flat, dim=1)
     return dense(V * scale.reshape(shape) - W.float())
 
@@ -228,7 +260,9 @@ def _factor(t: Mapping[str, Tensor], w: str) -> Tensor:
     if w in t:
         return t[w].float()
     a, b = t[f"{w}_a"].float(), t[f"{w}_b"].float()
-    return torch.einsum("ij...,ip,jr->pr...", t["t2"].float(), a, b) if w == "w2" and "t2" in t else a @ b
+    if w == "w2" and "t2" in t:
+        return torch.einsum("ij...,ip,jr->pr...", t["t2"].float(), a, b).contiguous()
+    return a @ b
 
 
 def _size(w1: Tensor, w2: Tensor) -> tuple[int, int]:

@@ -37,6 +37,8 @@ _PATTERN = re.compile(
 )
 _XLABS = re.compile(r"(?P<module>.+\.processor\.(?:qkv|proj)_lora\d?)\.(?P<part>down|up)\.weight")
 _NO_CHANGE = re.compile(r".+\.(?:diff|diff_b|lora_[AB]\.bias|lora_(?:up|down)\.bias|w_norm|b_norm)")
+_BESIDE = re.compile(r"(?:.*\.)?(?:bias|diff_b|b_norm)")
+"""What may follow a module's name and changes it by itself, so that the module is understood without it."""
 _PARTS = tuple(_SUFFIXES)
 _NEEDED = {
     "lora": [{"down", "up"}],
@@ -56,7 +58,7 @@ class Module:
         name: The module, as the file calls it.
         kind: A key of `KINDS`.
         tensors: {part: tensor}, such as "down" and "up"; "dora" for DoRA's magnitudes.
-        keys: {part: key in the file}.
+        keys: {part: key in the file}, "alpha" among them.
         alpha: Its alpha, if the file says one.
     """
 
@@ -102,7 +104,18 @@ def sort_keys(tensors: Mapping[str, Any]) -> Parts:
             parts.rest += [key for key, _ in held.values()]
         else:
             parts.modules[name] = module
+    for name in {owner for key in parts.rest if (owner := _owner(key, parts.modules)) is not None}:
+        parts.rest += parts.modules.pop(name).keys.values()
     return parts
+
+
+def _owner(key: str, modules: Mapping[str, Module]) -> str | None:
+    """The module of which a key that is not understood is a part, without which the module would be another."""
+    name = key
+    while name := name.rpartition(".")[0]:
+        if name in modules:
+            return None if _BESIDE.fullmatch(key[len(name) + 1 :]) else name
+    return None
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -125,7 +138,8 @@ def _module(name: str, held: Mapping[str, tuple[str, Any]]) -> Module | None:
         return None
     alpha = _number(held["alpha"][1], held["alpha"][0]) if "alpha" in held else None
     own |= {part: held[part] for part in ("dora", "scalar") if part in held}
-    return Module(name, kind, {p: t for p, (_, t) in own.items()}, {p: k for p, (k, _) in own.items()}, alpha)
+    keys = {part: key for part, (key, _) in own.items()} | {part: held[part][0] for part in ("alpha",) if part in held}
+    return Module(name, kind, {part: tensor for part, (_, tensor) in own.items()}, keys, alpha)
 
 
 def _paired(kind: str, own: Mapping[str, Any]) -> bool:

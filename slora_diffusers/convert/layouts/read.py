@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from ...core.sites import Projection
 from ...errors import AdapterFileError, AdapterStateError, SerialLoraError
 from ...files.storage import check_finite, find_file
 from ..lowrank import LowRank
-from .kinds import Settings, change_of, needs_weight, settings_of, shape_of
+from .kinds import Settings, change_of, needs_weight, no_change, obstacle, settings_of, shape_of
 from .names import Place, linears_of, places_of, weight_of
 from .parts import Module, Parts, sort_keys
 from .spellings import find_place, is_of_another_component
@@ -117,7 +118,15 @@ def read_lora(
         AdapterFileError: If there is no such file, it holds no LoRA, or one for another model.
     """
     tensors, settings = open_lora(source, weight_name, **hub)
+    if reason := next(filter(None, map(obstacle, settings.values())), None):
+        raise AdapterFileError(f"{name_of(source)} cannot be read as a LoRA: {reason}.")
     parts = sort_lora(tensors, source)
+    if not any(settings.values()) and any(map(_lacks_alpha, parts.modules.values())):
+        warnings.warn(
+            f"{name_of(source)} is of PEFT and has no {PEFT_CONFIG} beside it, which would say its alpha: it is taken "
+            "to be the rank, so that every change counts once.",
+            stacklevel=3,
+        )
     read = ReadLora(tensors, rest=parts.rest)
     own = places_of(models)
     stock = stock_places(parts.modules.values(), pipeline, models, own)
@@ -137,6 +146,11 @@ def read_lora(
     return read
 
 
+def _lacks_alpha(module: Module) -> bool:
+    """Whether a module's alpha was in a config that is not here."""
+    return module.name.startswith("base_model.model.") and module.alpha is None and module.kind != "diff"
+
+
 def sort_lora(tensors: Mapping[str, Any], source: Any) -> Parts:
     """A file's modules, checked.
 
@@ -152,7 +166,7 @@ def sort_lora(tensors: Mapping[str, Any], source: Any) -> Parts:
     if not parts.modules:
         raise AdapterFileError(
             f"{name_of(source)} holds no LoRA: no keys such as '<module>.lora_A.weight' and '.lora_B.weight', or "
-            f"'.lora_down.weight' and '.lora_up.weight'; found {some(list(tensors)) or 'no key at all'}."
+            f"'.lora_down.weight' and '.lora_up.weight'; found {some(parts.rest) or 'no key at all'}."
         )
     for module in parts.modules.values():
         for part, tensor in module.tensors.items():
@@ -162,10 +176,7 @@ def sort_lora(tensors: Mapping[str, Any], source: Any) -> Parts:
         try:
             shape_of(module)
         except (RuntimeError, IndexError) as error:
-            shapes = {part: tuple(tensor.shape) for part, tensor in module.tensors.items()}
-            raise AdapterFileError(
-                f"The matrices of {module.name} do not make a {module.label}: {shapes}. The file is damaged."
-            ) from error
+            raise no_change(module) from error
     return parts
 
 
