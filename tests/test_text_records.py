@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from slora_diffusers import (
+    AdapterStateError,
     ArchitectureError,
     SerialLoraConfig,
     add_serial_lora,
@@ -114,6 +115,48 @@ def test_each_text_of_a_batch_is_generated_with_its_own_adapter():
         mixed, _ = generated(model, "Qwen2ForCausalLM")
     assert torch.equal(mixed[0], both[0])
     assert torch.equal(mixed[1], neither[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Qwen2ForCausalLM", {"num_beams": 2}),
+        ("Qwen2ForCausalLM", {"num_beams": 3, "num_return_sequences": 2}),
+        ("Qwen2ForCausalLM", {"num_return_sequences": 2}),
+        ("WhisperForConditionalGeneration", {"num_beams": 2}),
+    ],
+)
+def test_beams_and_sequences_of_a_text_have_its_adapter(name: str, options: dict[str, Any]):
+    model = TEXT[name].build()
+    add_random_adapter(model, None)
+    settings = {**options, "do_sample": "num_beams" not in options}
+
+    def tokens(entries: list[str | None]) -> Tensor:
+        torch.manual_seed(0)
+        with serial_lora_batch(model, entries):
+            return generated(model, name, **settings)[0]
+
+    both, neither, mixed = tokens(["default", "default"]), tokens([None, None]), tokens(["default", None])
+    each = options.get("num_return_sequences", 1)
+    assert len(mixed) == 2 * each
+    assert torch.equal(mixed[:each], both[:each])
+    assert torch.equal(mixed[each:], neither[each:])
+    assert not torch.equal(both, neither)
+
+
+@pytest.mark.parametrize("entries", [["default"] * 3, ["default"] * 4])
+def test_names_that_fit_neither_texts_nor_their_beams_are_refused(entries: list[str]):
+    model = TEXT["Qwen2ForCausalLM"].build()
+    add_random_adapter(model, None)
+    with serial_lora_batch(model, entries), pytest.raises(AdapterStateError, match="one name per sample"):
+        generated(model, "Qwen2ForCausalLM", num_beams=3)
+
+
+def test_sequences_that_whisper_makes_before_it_generates_are_refused():
+    model = TEXT["WhisperForConditionalGeneration"].build()
+    add_random_adapter(model, None)
+    with serial_lora_batch(model, ["default", None]), pytest.raises(AdapterStateError, match="batch of 4"):
+        generated(model, "WhisperForConditionalGeneration", num_return_sequences=2, do_sample=True)
 
 
 def test_transposed_weights_save_load_and_fuse_in_place(tmp_path):

@@ -1,8 +1,8 @@
 """Which sample each row of a model's batch belongs to, when every sample has adapters of its own.
 
 Names belong to prompts. A pipeline puts several images of one prompt side by side (0 0 1 1), and classifier-free
-guidance puts all of that once over again behind it (0 0 1 1 0 0 1 1), or calls the model twice. How many images a
-prompt has only the pipeline knows: it is read from the call in progress, or given.
+guidance puts all of that once over again behind it (0 0 1 1 0 0 1 1), or calls the model twice. A text's beams, or
+sequences, lie side by side, too. How many a prompt has only the call in progress knows: it is read there, or given.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ _PER_PROMPT = re.compile(r"num_\w+_per_prompt")  # images, videos, waveforms
 
 
 class Layout(NamedTuple):
-    """What the pipeline in progress says of its batch: prompts (None: not known), and images of each."""
+    """What the call in progress says of its batch: prompts (None: not known), and images, or sequences, of each.
+
+    `repeats`: whether guidance may put all of that once over again behind it.
+    """
 
     prompts: int | None
     images: int
+    repeats: bool = True
 
 
 def samples_of(entries: Iterable[Any]) -> tuple[Sample, ...]:
@@ -60,6 +64,8 @@ def rows_of(samples: int, batch: int, images: int | None, module: nn.Module) -> 
     """
     layout = Layout(samples, images) if images is not None else _layout(module)
     each = 1 if layout is None else layout.images
+    if layout is not None and layout.prompts is None and batch == samples:
+        each = 1  # one for every row, or the encoder's, which come before each text has several
     if layout is not None and layout.prompts not in (None, samples) and samples == (layout.prompts or 0) * each:
         each = 1  # one for every image
     elif layout is not None and layout.prompts not in (None, samples):
@@ -67,7 +73,7 @@ def rows_of(samples: int, batch: int, images: int | None, module: nn.Module) -> 
             f"serial_lora_batch was given {samples} adapter names, but the pipeline draws {each} image(s) for each of "
             f"{layout.prompts} prompt(s): give one name per prompt, or one per image."
         )
-    if batch % (samples * each):
+    if batch % (samples * each) or (layout is not None and not layout.repeats and batch != samples * each):
         raise AdapterStateError(
             f"serial_lora_batch was given {samples} adapter names, but {type(module).__name__} was called with a batch "
             f"of {batch}. Give one name per sample (with images_per_prompt=... where a sample has several rows); the "
@@ -113,10 +119,12 @@ def _weighed(name: Any, weight: Any) -> tuple[str, float]:
 
 
 def _layout(module: nn.Module) -> Layout | None:
-    """The layout of the pipeline call that is in progress in this thread, if there is one."""
+    """The layout of the call of a pipeline, or of `generate`, that is in progress in this thread, if there is one."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner, values = frame.f_locals.get("self"), _values(frame)
+        if frame.f_code.co_name == "generate" and (expanded := _sequences(values.get("generation_config"))):
+            return Layout(None, expanded, repeats=False)
         images = next((n for k, n in values.items() if _PER_PROMPT.fullmatch(str(k)) and type(n) is int), None)
         calls = frame.f_code.co_name == "__call__" and not isinstance(owner, nn.Module)
         if calls and (hasattr(owner, "components") or images is not None):
@@ -125,6 +133,12 @@ def _layout(module: nn.Module) -> Layout | None:
             return Layout(prompts if type(prompts) is int else None, each)
         frame = frame.f_back
     return None
+
+
+def _sequences(config: Any) -> int | None:
+    """How many rows transformers' `generate` makes of each text, as its config says."""
+    given = [getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
+    return None if config is None else max([1, *(n for n in given if type(n) is int)])
 
 
 def _values(frame: FrameType) -> Mapping[str, Any]:
