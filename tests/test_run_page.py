@@ -9,6 +9,7 @@ import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from slora_diffusers.training import charts, page
 from slora_diffusers.training.charts import bar_chart, line_chart, smoothed, thinned
 from slora_diffusers.training.page import Page
 from tests.tiny_runs import glyph_run
-from tests.vision_recipes import classify
+from tests.vision_recipes import classify, segment
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 WEIGHTS = "serial_lora_weights.safetensors"
@@ -130,6 +131,37 @@ def test_a_vision_runs_page_has_its_scores(vit_base, stripes, tmp_path):
     assert len(scores) == 4
     assert caption(parsed, "Top1: ") == f"Top1: {scores[-1]:.4g} (from {min(scores):.4g} to {max(scores):.4g})"
     assert any(text.startswith("By block, at step 3") for text in parsed.captions)
+    assert [attrs["alt"] for attrs in parsed.of("img")] == [f"predictions at step {step}" for step in range(4)]
+    with Image.open(tmp_path / "validation" / "predictions-000003.png") as picture:
+        assert picture.size == (4 * 160, 180)  # two to a class are held out: four in a row, each with its caption
+
+
+def test_a_segmentation_runs_page_shows_images_masks_and_predictions(vit_base, scenes, tmp_path):
+    flags = ["--max_train_steps", "2", "--validation_steps", "1", "--validation_data_dir", str(scenes)]
+    segment(vit_base, scenes, tmp_path, *flags)
+    assert [attrs["alt"] for attrs in read(tmp_path).of("img")] == [f"predictions at step {step}" for step in range(3)]
+    with Image.open(tmp_path / "validation" / "predictions-000002.png") as whole:
+        picture = np.asarray(whole).astype(int)
+    height = picture.shape[0] // 4  # of four images, those that are evenly spread by name, with a legend each
+    assert height > 240 and picture.shape[1] == 3 * 240
+    for row, name in enumerate(["0", "11", "4", "7"]):
+        with Image.open(scenes / "masks" / f"{name}.png") as image:
+            mask = np.asarray(image.resize((240, 240), Image.Resampling.NEAREST)) > 0
+        image, truth = (picture[row * height : row * height + 240, 240 * i : 240 * i + 240] for i in (0, 1))
+        assert ((image != truth).any(-1) == mask).mean() > 0.99
+
+
+def test_a_loras_norms_are_shown_too(vit_base, stripes, tmp_path):
+    classify(vit_base, stripes, tmp_path, "--max_train_steps", "2", "--adapter", "lora")
+    assert any(text.startswith("By block, at step 2") for text in read(tmp_path).captions)
+    file = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    total = sum(
+        torch.linalg.matrix_norm(file[key.replace("lora_A", "lora_B")].double() @ A.double()).square().item()
+        for key, A in file.items()
+        if "lora_A" in key
+    )
+    (title,) = re.findall(r"<title>step 2: ([^<]+)</title>", (tmp_path / "index.html").read_text())[-1:]
+    assert float(title) == pytest.approx(total**0.5, rel=1e-3)
 
 
 def test_a_resumed_run_continues_the_curves_and_leaves_out_what_it_abandoned(dit_base, tmp_path):

@@ -18,7 +18,7 @@ from ..core.components import components_of, is_pipeline
 from ..core.names import split_place
 from ..records.registry import ARCHITECTURES
 from .compress import slots_with_parts
-from .layouts.kinds import obstacle, settings_of
+from .layouts.kinds import change_of, needs_weight, obstacle, settings_of
 from .layouts.names import DENOISERS, ORIGINALS
 from .layouts.parts import Module, Parts, split_key
 from .layouts.read import find_lora, open_lora, read_lora, sort_lora
@@ -132,6 +132,19 @@ def block_norms(pairs: Mapping[str, LowRank]) -> dict[str, dict[str, float]]:
         block = block_index(path)
         values = norms.setdefault("-" if block is None else str(block), {})
         values[pair] = math.hypot(values.get(pair, 0.0), part.norm())
+    return norms
+
+
+def lora_norms(source: Any) -> dict[str, dict[str, float]]:
+    """{block, or "-": {kind: ||dW||_F}} of a LoRA's file, its modules of a block taken together."""
+    tensors, settings = open_lora(source)
+    norms: dict[str, dict[str, float]] = {}
+    for module in sort_lora(tensors, source).modules.values():
+        if not needs_weight(module):
+            block = block_index(module.name)
+            values = norms.setdefault("-" if block is None else str(block), {})
+            norm = change_of(module, settings_of(module.name, settings), None).norm()
+            values[module.label] = math.hypot(values.get(module.label, 0.0), norm)
     return norms
 
 

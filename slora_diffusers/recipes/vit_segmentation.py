@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..errors import SerialLoraError
@@ -30,10 +32,13 @@ from ..training.fit import Best
 from ..training.options import ANY, COUNT, NOT_NEGATIVE, MaskOptions
 from ..training.parsing import option
 from ..training.place import Place
+from ..training.vision.pictures import overlay, sheet, spread
 from ..training.vision.recipe import VisionOptions, open_for_training, parse_options, train_with_head
 from ..training.vision.scores import Overlap, class_weights, confusion_matrix, segmentation_loss
 
 Masks = dict[str, Callable[[], Mask]]
+SHOWN, WIDTH = 4, 240
+"""Validation images on the run's page, and their width in pixels."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,19 @@ def confusion_of(model: SerialLoraForSemanticSegmentation, items: Sequence[Item]
     return total
 
 
+def compared(
+    model: SerialLoraForSemanticSegmentation, item: Item, truth: np.ndarray, place: Place
+) -> list[Image.Image]:
+    """An image, the mask that it has, and the one that is predicted."""
+    image = item.read()
+    with place.autocast():
+        predicted = model.predict(image).argmax(0).byte().numpy()
+    size = (WIDTH, max(1, round(image.height * WIDTH / image.width)))
+    small = image.resize(size)
+    masks = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in (truth, predicted)]
+    return [small, *(overlay(small, mask, model.label_names) for mask in masks)]
+
+
 def pixel_counts(masks: Masks, classes: int) -> Tensor:
     """How many pixels each class has in the training masks, (classes,)."""
     truths = (torch.from_numpy(read()) for read in masks.values())
@@ -122,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         each = {f"iou/{name}": 100 * iou.item() for name, iou in zip(names, overlap.iou, strict=True)}
         return {**overlap.means(), **{name: iou for name, iou in each.items() if iou == iou}}  # NaN: not there
 
+    def show() -> Image.Image:
+        return sheet([compared(model, item, unseen_masks[item.name](), place) for item in spread(unseen, SHOWN)])
+
     fetch = Fetch(prepare, options.smallest_crop, options.random_flip, masks)
     best = Best("miou", options.early_stopping)
-    return train_with_head(place, options, model, items, fetch, loss_of, evaluate, best)
+    return train_with_head(place, options, model, items, fetch, loss_of, evaluate, show, best)

@@ -23,10 +23,10 @@ from urllib.parse import quote
 import yaml
 from PIL import Image
 
-from ..convert.describe import block_norms
+from ..convert.describe import block_norms, lora_norms
 from ..convert.merge import scaled_pairs
 from ..files.format import AdapterFile
-from ..files.storage import WEIGHT_NAME
+from ..files.storage import LORA_NAMES, WEIGHT_NAME
 from .charts import Point, bar_chart, line_chart
 from .checkpoint import checkpoints, step_of
 
@@ -127,15 +127,16 @@ class Page:
         """The adapter's norms, of every checkpoint that is there and, where the run has ended, of the result."""
         folders = {step_of(folder): folder for folder in checkpoints(self.folder)}
         folders |= {} if last is None else {last: self.folder}
-        files = {step: folder / WEIGHT_NAME for step, folder in sorted(folders.items())}
-        norms = {s: self._once(self._norms, path, _norms_in) for s, path in files.items() if path.is_file()}
+        names = (WEIGHT_NAME, *LORA_NAMES)
+        files = [(s, f / name) for s, f in sorted(folders.items()) for name in names if (f / name).is_file()]
+        norms = {s: self._once(self._norms, path, _norms_in) for s, path in files}
         if not norms:
             return ""
         whole = [(s, math.sqrt(sum(v * v for b in blocks.values() for v in b.values()))) for s, blocks in norms.items()]
         step, blocks = list(norms.items())[-1]
         return (
             "<h2>The adapter: ‖sBA‖</h2><div class=charts>"
-            + _figure("All pairs together, at each checkpoint", line_chart({"norm": whole}, "norm of the adapter"))
+            + _figure("All together, at each checkpoint", line_chart({"norm": whole}, "norm of the adapter"))
             + _figure(f"By block, at step {step}", bar_chart(blocks, "norms of the adapter by block"))
             + "</div>"
         )
@@ -225,7 +226,9 @@ def _inlined(path: Path) -> str:
 
 
 def _norms_in(path: Path) -> Norms:
-    """{block: {pair: ||s B A||}} of an adapter's file, over its components."""
+    """{block: {pair: ||s B A||}} of an adapter's file, over its components; of a LoRA's {block: {kind: norm}}."""
+    if path.name in LORA_NAMES:
+        return lora_norms(path)
     pairs = scaled_pairs(AdapterFile.read(path))
     several = len(pairs) > 1
     return {

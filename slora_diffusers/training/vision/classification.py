@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ...errors import SerialLoraError
@@ -21,8 +22,12 @@ from ..fit import Best
 from ..options import NOT_NEGATIVE
 from ..parsing import but, option
 from ..place import Place
+from .pictures import captioned, sheet, spread
 from .recipe import VisionOptions, train_with_head
 from .scores import class_weights, confusion_matrix, top_k_accuracy
+
+SHOWN = 12
+"""Validation images on the run's page."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,20 @@ def train_classifier(
         confusion.copy_(confusion_matrix(logits.argmax(1), labels, len(names)))
         return {"top1": top_k_accuracy(logits, labels, 1), "top5": top_k_accuracy(logits, labels, 5)}
 
+    def show() -> Image.Image:
+        some = spread(unseen, SHOWN)
+        guesses = logits_of(model, some, place, options.train_batch_size).argmax(1).tolist()
+        said = (
+            names[i] if i == item.label else f"{names[i]}, not {names[item.label]}"
+            for i, item in zip(guesses, some, strict=True)
+        )
+        pictures = [captioned(item.read(), caption) for item, caption in zip(some, said, strict=True)]
+        return sheet([pictures[i : i + 4] for i in range(0, len(pictures), 4)])
+
     def keep() -> None:
         report = {"labels": names, "rows": "true", "columns": "predicted", "confusion": confusion.tolist()}
         (place.output_dir / "confusion.json").write_text(json.dumps(report))
 
     fetch = Fetch(model.preprocessing, options.smallest_crop, options.random_flip)
     best = Best("top1", options.early_stopping, keep)
-    return train_with_head(place, options, model, items, fetch, loss_of, evaluate, best)
+    return train_with_head(place, options, model, items, fetch, loss_of, evaluate, show, best)

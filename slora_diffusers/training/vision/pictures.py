@@ -1,15 +1,18 @@
-"""Pictures of a segmentation over its image, with the names of the classes beside their colours."""
+"""Pictures of predictions: a segmentation over its image with the names of its classes, and sheets of images."""
 
 from __future__ import annotations
 
 import colorsys
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ...heads.segmentation import IGNORE_INDEX
+
+T = TypeVar("T")
 
 
 def palette(classes: int) -> np.ndarray:
@@ -50,3 +53,30 @@ def overlay(image: Image.Image, mask: np.ndarray, names: Sequence[str], opacity:
         draw.rectangle((2, y + 2, row - 3, y + row - 3), fill=tuple(int(c) for c in colours[i]))
         draw.text((row + 2, y + row // 2), names[i], fill="black", font=font, anchor="lm")
     return picture
+
+
+def captioned(image: Image.Image, caption: str, side: int = 160) -> Image.Image:
+    """The image within a square of so many pixels, on white, and a line below it."""
+    picture = Image.new("RGB", (side, side + 20), "white")
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    picture.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+    ImageDraw.Draw(picture).text((side // 2, side + 10), caption, fill="black", font_size=12, anchor="mm")
+    return picture
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Images beside and below each other, in columns of one width."""
+    width = max(image.width for row in rows for image in row)
+    heights = [max(image.height for image in row) for row in rows]
+    whole = Image.new("RGB", (width * max(map(len, rows)), sum(heights)), "white")
+    for number, row in enumerate(rows):
+        for column, image in enumerate(row):
+            whole.paste(image, (column * width, sum(heights[:number])))
+    return whole
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """Some of the items, evenly spread: those of a folder lie class by class."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.logging import get_logger
+from PIL import Image
 from torch import Tensor, nn
 
 from ...config import SerialLoraConfig
@@ -216,6 +217,7 @@ def train_with_head(
     fetch: Fetch,
     loss_of: Callable[[Any, Batch], Tensor],
     evaluate: Callable[[], Mapping[str, float]],
+    show: Callable[[], Image.Image],
     best: Best,
 ) -> dict[str, float]:
     """Adapt a model with a head, train both (the head at its own rate), and save them.
@@ -228,6 +230,7 @@ def train_with_head(
         fetch: Reads one.
         loss_of: Loss of a micro-batch, from the model to call and the batch.
         evaluate: Scores on the validation images, in percent.
+        show: A picture of what is predicted for some of them, for the run's page.
         best: Notes them.
 
     Returns:
@@ -243,7 +246,13 @@ def train_with_head(
     rates = {"model.head": float(options.head_learning_rate or 0.0)}
     run = Run(place, options, {"model": model}, rows.per_epoch, rates, method)
     task = Supervised(batches, options.dataloader_num_workers, lambda batch: loss_of(run.called["model"], batch))
-    fit(run, task, [Validation(lambda _: evaluate(), best)])
+
+    def validate(step: int) -> Mapping[str, float]:
+        scores = evaluate()
+        run.log_picture("predictions", show(), step)
+        return scores
+
+    fit(run, task, [Validation(validate, best)])
     return best.scores
 
 
