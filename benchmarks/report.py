@@ -75,6 +75,17 @@ def lifecycle_table(folder: Path = RESULTS) -> str:
     return f"{caption}\n\n{_table(('', 'Serial LoRA', 'diffusers LoRA', 'Ratio'), rows)}"
 
 
+def imports_table(folder: Path = RESULTS) -> str:
+    """Processor seconds of imports, and over diffusers' own."""
+    results = read_results("imports", folder)
+    over = f"over_{next(iter(results['imports']))}"
+    rows = [
+        (name, f"{taken['seconds']['median']:.2f} s", _spread(taken[over]))
+        for name, taken in results["imports"].items()
+    ]
+    return _table(("", "Processor time", "Ratio to `import diffusers`"), rows)
+
+
 def quality_table(folder: Path = RESULTS) -> str:
     """What the methods make of the demo's held-out letters: means over the training seeds."""
     results = read_results("demo_quality", folder)
@@ -203,8 +214,8 @@ def dreambooth_table(folder: Path = RESULTS) -> str:
 
 def serving_table(folder: Path = RESULTS) -> str:
     """Requests per second and latency against the number of adapters, by way of serving; one table for each model."""
-    parts = []
-    for case, measured in read_results("serving", folder)["cases"].items():
+    parts, cases = [], read_results("serving", folder)["cases"]
+    for case, measured in cases.items():
         settings, machine = measured["settings"], measured["machine"]
         blocks = "" if case == "built-in base" else f" ({settings['blocks']} block of its real width)"
         counts = list(next(iter(measured["steps"].values())))
@@ -226,9 +237,11 @@ def serving_table(folder: Path = RESULTS) -> str:
             f"torch {machine['torch']}, PEFT {machine['peft']}."
         )
         parts.append(f"{_table(heading, rows)}\n\n{caption}")
+    clocks = {"cpu": "processor time", "wall": "wall time"}
+    kinds = " or ".join(sorted({clocks[case["settings"]["clock"]] for case in cases.values()}))
     what = (
-        "Requests per second of processor time, and (p50, p95) of the latency in seconds of wall time, on a machine "
-        "that others used too. Held: bytes of one adapter."
+        f"Requests per second of processor time, and (p50, p95) of the latency in seconds of {kinds}. Held: bytes of "
+        "one adapter."
     )
     return "\n\n".join([what, *parts])
 
@@ -286,17 +299,11 @@ def _cost_table(results: dict[str, Any]) -> str:
     return _table(("", "", "Serial LoRA", "PEFT's LoRA", "Ratio"), rows, left=2)
 
 
-def _train_over_peft(measured: dict[str, Any]) -> str:
-    train = measured["bf16 autocast"]["train"]
-    value, floor = train["serial"]["over_peft"]["median"], train["base"]["over_peft"]["median"]
-    return f"{_verdict(value <= 0.85)}: {value:.3f} (the base with no adapter: {floor:.3f})"
-
-
 def _overhead(measured: dict[str, Any]) -> str:
     texts = []
     for what, precision in (("forward", "bf16"), ("train", "bf16 autocast"), ("forward", "fp32"), ("train", "fp32")):
         serial, peft = (measured[precision][what][n]["over_base"]["median"] for n in ("serial", "peft"))
-        met = serial <= 1.03 and serial - 1 <= (peft - 1) / 3
+        met = serial <= 1 or (serial <= 1.01 and 4 * (serial - 1) <= peft - 1 + 1e-9)
         texts.append(f"{what}, {precision}: {_verdict(met)}, {serial - 1:+.1%} against {peft - 1:+.1%}")
     return "<br>".join(texts)
 
@@ -307,8 +314,7 @@ def _fused(measured: dict[str, Any]) -> str:
 
 
 _TARGETS = {
-    "A train step in bf16 takes at most 0.85 of PEFT's": _train_over_peft,
-    "The live adapter's overhead is at most a third of PEFT's, and at most 3 %": _overhead,
+    "The live adapter's overhead is at most 1 %, and at most a quarter of PEFT's": _overhead,
     "Fused, the base's speed within noise": _fused,
 }
 

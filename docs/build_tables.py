@@ -130,8 +130,10 @@ REGIONS = {
         "bench-targets": report.targets_table,
         "bench-profile": report.profile_table,
         "bench-lifecycle": report.lifecycle_table,
+        "bench-imports": report.imports_table,
         "demo-quality": report.quality_table,
     },
+    ROOT / "docs" / "serving.md": {"serving": report.serving_table},
     ROOT / "docs" / "training.md": {
         "dreambooth": report.dreambooth_table,
         "training-memory": training_memory.states_table,
