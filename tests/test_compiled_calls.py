@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from torch._dynamo.utils import counters
 
 import slora_diffusers as sl
@@ -274,6 +276,27 @@ def test_what_finds_no_room_is_refused_compiled_and_served_eager():
     for samples in (0, -1, True, 1.5, "4"):
         with pytest.raises(sl.SerialLoraError, match="samples must be"):
             sl.reserve_serial_lora(DIT.build(), capacity=(4, 2), samples=samples)
+
+
+@pytest.mark.parametrize("how", ["wrapper", "in place", "blocks", "every graph"])
+def test_reserved_operands_that_a_graph_would_have_as_constants_are_refused(how):
+    """Inductor's freezing; it is refused before anything is compiled."""
+    reserved, plain = twins(DIT)
+    arguments, options = batch_of(DIT, 2), {} if how == "every graph" else {"freezing": True}
+    run = torch.compile(reserved, options=options) if how in ("wrapper", "every graph") else reserved
+    for module in {"in place": [reserved], "blocks": reserved.transformer_blocks}.get(how, []):
+        module.compile(options=options)
+    with inductor.patch(freezing=how == "every graph"):
+        for _ in range(2):
+            with pytest.raises(sl.SerialLoraError, match="freezing"), sl.serial_lora_batch(run, ["a", "b"]):
+                output_of(run, DIT, **arguments)
+    for module in reserved.modules():
+        vars(module).pop("_compiled_call_impl", None)
+    del run
+    gc.collect()
+    with sl.serial_lora_batch(reserved, ["a", "b"]), sl.serial_lora_batch(plain, ["a", "b"]):
+        wanted = output_of(plain, DIT, **arguments)
+        assert torch.allclose(output_of(reserved, DIT, **arguments), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["whole", "in place", "repeated blocks"])

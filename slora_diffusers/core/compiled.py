@@ -38,6 +38,18 @@ def runs_compiled(model: nn.Module) -> bool:
     return any(_runs(compiled, own) for compiled in _compiled().originals(state))
 
 
+def is_frozen(model: nn.Module) -> bool:
+    """Whether inductor's freezing writes this model's weights, and reserved operands, into a graph that runs it."""
+    inductor = sys.modules.get("torch._inductor.config")
+    if inductor is None:
+        return False
+    modules = list(model.modules())
+    own = {id(module) for module in modules}
+    compiled = [vars(module).get("_compiled_call_impl") for module in modules]
+    compiled += [wrapper for wrapper in wrappers() if _runs(wrapper, own)]
+    return any(_freezes(each, inductor.freezing) for each in compiled if each is not None)
+
+
 def wrappers() -> list[nn.Module]:
     """What `torch.compile` has made of modules in this process."""
     return list(_compiled().wrappers)
@@ -79,6 +91,13 @@ def _original(thing: Any) -> Any | None:
     if kind is FunctionType:
         return vars(thing).get("_torchdynamo_orig_callable")
     return thing if issubclass(kind, nn.Module) and getattr(thing, "_compiled_call_impl", None) is not None else None
+
+
+def _freezes(compiled: Any, by_default: bool) -> bool:
+    """Whether something was compiled by inductor with freezing: by its own options, or where that is the default."""
+    compiled = getattr(compiled, "compiled", compiled)  # with a model's hooks around it
+    settings = getattr(compiled, "get_compiler_config", lambda: None)()  # None of another backend
+    return settings is not None and bool(settings.get("freezing") or by_default)
 
 
 def _runs(compiled: Any, own: set[int]) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import AdapterStateError
 from .calls import WAITING, Call, CallState, between_verbs
-from .compiled import runs_compiled
+from .compiled import is_frozen, runs_compiled
 from .layer import SerialLoraPair
 from .running import others_run
 
@@ -21,14 +21,18 @@ _WRITING = threading.Lock()
 _QUEUED: set[int] = set()
 """Threads whose forward waits here: they have not begun to read the operands."""
 _PATIENCE = 60.0
+_FROZEN = (
+    "torch._inductor's freezing writes weights into the compiled graph, and with them what is reserved for adapters, "
+    "so that no change would reach it. Compile without freezing; or fuse the adapter, without reserve_serial_lora()."
+)
 
 
 def open_gate(model: nn.Module, call: CallState, batch: int | None) -> None:
     """At the start of a forward: have the operands hold what this thread's call asks for.
 
     Raises:
-        AdapterStateError: If they have no room for it, and something compiled runs the model; or another thread's
-            forward, which needs them otherwise, does not end.
+        AdapterStateError: If they have no room for it, and something compiled runs the model; if a graph has them as
+            constants; or another thread's forward, which needs them otherwise, does not end.
     """
     now, end = call.current(), None
     try:
@@ -49,7 +53,7 @@ def set_gate(model: nn.Module, call: CallState) -> None:
     """When a block opens or closes: the same for what has no hook to do it (exported programs), if nothing runs.
 
     Raises:
-        AdapterStateError: If there is no room, and something compiled runs the model.
+        AdapterStateError: If there is no room, and something compiled runs the model; if a graph has them as constants.
     """
     between_verbs(lambda: _write(model, call, call.current(), None))
 
@@ -63,6 +67,8 @@ def _write(model: nn.Module, call: CallState, now: Call, batch: int | None) -> b
         if (differs or rebatched) and others_run([model], {*WAITING, *_QUEUED}):
             return False
         if differs:
+            if is_frozen(model):
+                raise AdapterStateError(_FROZEN)
             call.written = None
             pairs = [module for module in model.modules() if isinstance(module, SerialLoraPair)]
             fits = [pair.fill_reserved(now, _each(now)) for pair in pairs]
