@@ -27,7 +27,7 @@ test-oldest: .venv-oldest/.done ## Run the fast tests on the oldest versions tha
 	.venv-oldest/bin/python $(FAST)
 
 test-app: .venv-app/.done ## Run the tests of `slora app` in a browser (needs chromium)
-	.venv-app/bin/python -m pytest -q tests/test_app_browser.py
+	.venv-app/bin/python -m pytest -q -W ignore::ResourceWarning tests/test_app_browser.py
 
 benchmark: $(VENV)/.test ## Measure against PEFT's LoRA; results go to benchmarks/results
 	$(RUN) -m benchmarks.step

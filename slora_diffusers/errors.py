@@ -12,7 +12,9 @@ LONGEST_MESSAGE = 1000
 class SerialLoraError(ValueError):
     """Base of every error that slora_diffusers raises on bad input or in a state that forbids the call.
 
-    Its message is one line of printable letters, whatever a file holds that it quotes, and cut in the middle if long.
+    Args:
+        message: What was given, what is allowed, and what to do. Becomes one line of printable letters, whatever a file
+            holds that it quotes, and is cut in the middle if long.
     """
 
     def __init__(self, message: object = "") -> None:

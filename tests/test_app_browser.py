@@ -179,16 +179,50 @@ def test_export_and_see_the_error(page, place):
 def test_spectrum_and_norms_are_plotted(page, place):
     page.get_by_role("tab", name="Inspect").click()
     press(page, "Plot spectrum and norms")
-    page.wait_for_function(
-        "[...document.querySelectorAll('img')].filter(i => i.naturalWidth > 600 && i.offsetParent).length >= 2"
-    )
+    page.wait_for_function("[...document.querySelectorAll('img')].some(i => i.naturalWidth > 600 && i.offsetParent)")
+    page.locator("svg.chart rect").first.wait_for()
+    assert page.locator("svg.chart rect").count() == 6  # one for each block
     shoot(page, place, "inspect")
 
 
-def test_cancel_ends_a_drawing(page, place):
+def test_compress_and_merge_by_button(page, place):
+    """The LoRA that equals the adapter comes back as it was; a merge of both is one more adapter, not shown yet."""
+    page.get_by_role("tab", name="Export, compress, merge").click()
+    rank, folder = "Rank (empty: exact; auto: the least that is as good)", "Folder to write to (a new one)"
+    fill(page, rank, "")
+    fill(page, folder, str(place / "whole"))
+    press(page, "Export what is shown as a LoRA")
+    said(page, "exact")
+    fill(page, rank, "4")
+    fill(page, "LoRA to compress: a file, a folder or a Hub id", str(place / "whole" / "transformer"))
+    fill(page, folder, str(place / "small"))
+    press(page, "Compress the LoRA")
+    text = said(page, "relative error")
+    assert float(text.split("relative error ")[1].split()[0]) < 1e-5
+    page.get_by_label("number input for Weight of small").wait_for()
+    fill(page, rank, "")
+    fill(page, folder, str(place / "both"))
+    press(page, "Merge what is shown")
+    said(page, "both")
+    assert page.get_by_label("number input for Weight of both").input_value() == "0"
+    shoot(page, place, "merge")
+    for name in ("small", "both"):
+        assert load_file(place / name / "serial_lora_weights.safetensors")
+    press(page, "Compress the LoRA")
+    assert "Compressing needs a rank" in error(page)
+
+
+def said(page, words):
+    """The report, once it holds these words."""
+    found = "words => [...document.querySelectorAll('textarea')].some(t => t.value.includes(words))"
+    page.wait_for_function(found, arg=words)
+    return page.get_by_label("Report").input_value()
+
+
+def test_progress_is_shown_and_cancel_ends_a_drawing(page, place):
     page.get_by_role("tab", name="Side by side").click()
     fill(page, "number input for Steps", "150")
     press(page, "Draw")
-    page.wait_for_timeout(1500)
+    page.locator(".progress-text, .progress-level").filter(visible=True).first.wait_for()
     press(page, "Cancel")
     assert "Stopped" in error(page)

@@ -26,6 +26,7 @@ HEADS = {
     "timm": lambda: classifier("timm/vit"),
     "linear masks": segmenter,
     "convolutional masks": lambda: segmenter(head="convolutional", width=8),
+    "UPerNet's masks": lambda: segmenter(head="upernet", width=8),
 }
 STATES = {"live": lambda model: model, "fused": lambda model: model.fuse()}
 SLOW = ("vit", "timm", "linear masks")
@@ -63,7 +64,10 @@ def test_traced_module_gives_the_logits(head: str, state: str):
     close(traced(more)["logits"], model(more).logits)
 
 
-@pytest.mark.parametrize(("head", "state"), [("dinov2", "live"), ("dinov2", "fused"), ("convolutional masks", "live")])
+@pytest.mark.parametrize(
+    ("head", "state"),
+    [("dinov2", "live"), ("dinov2", "fused"), ("convolutional masks", "live"), ("UPerNet's masks", "live")],
+)
 def test_onnx_gives_the_logits(head: str, state: str, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

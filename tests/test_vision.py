@@ -21,8 +21,9 @@ from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegment
 from slora_diffusers import SerialLoraConfig, SerialLoraError, load_serial_lora
 from slora_diffusers.errors import AdapterFileError, ArchitectureError
 from slora_diffusers.heads.classification import SerialLoraForImageClassification, pool
+from slora_diffusers.heads.pixel_heads import ConvolutionalHead, UPerNet
 from slora_diffusers.heads.preprocessing import Preprocessing
-from slora_diffusers.heads.segmentation import ConvolutionalHead, SerialLoraForSemanticSegmentation
+from slora_diffusers.heads.segmentation import SerialLoraForSemanticSegmentation
 from tests.tiny.text import TEXT
 from tests.tiny.vision import SIZE, VISION
 
@@ -110,17 +111,39 @@ def test_ignored_pixels_do_not_count():
 @pytest.mark.parametrize(
     "name", ["Dinov2Model", "timm/vit", "timm/swin", "SamVisionModel", "SwinForImageClassification"]
 )
-def test_convolutional_head_reads_several_layers(name: str):
+@pytest.mark.parametrize("head", ["convolutional", "upernet"])
+def test_a_head_reads_several_layers(head: str, name: str):
     backbone = VISION[name].build()
     backbone = backbone.swin if name.startswith("Swin") else backbone
     model = SerialLoraForSemanticSegmentation.from_backbone(
-        backbone, 3, CONFIG, head="convolutional", width=8, preprocessing=PREPARE
+        backbone, 3, CONFIG, head=head, width=8, preprocessing=PREPARE
     )
-    assert isinstance(model.head, ConvolutionalHead)
-    assert len(model.head.levels) == len(model.settings["layers"]) >= 2
+    levels = model.head.levels if isinstance(model.head, ConvolutionalHead) else model.head.scales
+    assert len(levels) == len(model.settings["layers"]) >= 2
     model(pixels(), labels=torch.zeros(2, SIZE, SIZE, dtype=torch.long)).loss.backward()
-    assert all(p.grad is not None for level in model.head.levels for p in level.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in model.head.parameters())
     assert model(pixels()).logits.shape == (2, 3, SIZE, SIZE)
+
+
+def test_upernet_is_the_pyramid_of_its_paper():
+    """Lateral 1 x 1 projections, added from the coarsest down; on the last level its own pools beside it."""
+    torch.manual_seed(0)
+    net = UPerNet([4, 5, 6], 8, 3, [0, 0, 0]).double()
+    maps = [torch.randn(2, d, n, n, dtype=torch.float64) for d, n in ((4, 12), (5, 6), (6, 6))]
+    a, b, c = (scale(x) for scale, x in zip(net.scales, maps, strict=True))
+
+    def sized(x: torch.Tensor, n: int) -> torch.Tensor:
+        return F.interpolate(x, (n, n), mode="bilinear")
+
+    pooled = []
+    for n, both in zip((1, 2, 3, 6), net.pools, strict=True):
+        cells = c.unflatten(3, (n, -1)).unflatten(2, (n, -1)).mean((3, 5))  # (2, 8, n, n)
+        pooled.append(sized(both[1](cells), 6))
+    c = net.context(torch.cat([c, *pooled], 1))
+    b = b + c
+    a = a + sized(b, 12)
+    together = torch.cat([sized(c, 12), sized(net.smooth[0](b), 12), net.smooth[1](a)], 1)
+    torch.testing.assert_close(net(maps), net.classifier(net.together(together)))
 
 
 def test_only_head_and_adapter_train():
@@ -135,7 +158,15 @@ def test_only_head_and_adapter_train():
     assert [name for name, p in alone.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
-@pytest.mark.parametrize("make", [classifier, segmenter, lambda: segmenter(head="convolutional", layers=[0, 1])])
+@pytest.mark.parametrize(
+    "make",
+    [
+        classifier,
+        segmenter,
+        lambda: segmenter(head="convolutional", layers=[0, 1]),
+        lambda: segmenter(head="upernet", width=8),
+    ],
+)
 def test_saved_model_comes_back_over_its_base(make, tmp_path):
     model = shaken(make())
     model.label_names = tuple("abcd"[: model.num_labels])
@@ -223,8 +254,9 @@ def test_class_token_pooling_needs_a_class_token():
     ("arguments", "message"),
     [
         ({"head": "unet"}, "head must be one of linear, convolutional"),
-        ({"layers": [0]}, "with the convolutional head only"),
+        ({"layers": [0]}, "with a head over several only"),
         ({"head": "convolutional", "layers": [7]}, "has 2 layers"),
+        ({"head": "upernet", "layers": [0, 1, 0, 1, 0]}, "UPerNet reads at most four layers"),
         ({"head": "convolutional", "layers": []}, "one or more"),
         ({"head": "convolutional", "width": 0}, "width at least 1"),
     ],

@@ -40,7 +40,14 @@ def serial_lora_scale(model: Any, scale: float) -> AbstractContextManager[None]:
 
 
 def disable_serial_lora(model: Any) -> AbstractContextManager[None]:
-    """Run the base model, or pipeline, inside the block, to the bit; the same as a scale of 0."""
+    """Run the base model, or pipeline, inside the block, to the bit; the same as a scale of 0.
+
+    Args:
+        model: As for `serial_lora_scale`.
+
+    Raises:
+        AdapterStateError: As `serial_lora_scale` does.
+    """
     return serial_lora_scale(model, 0.0)
 
 

@@ -43,7 +43,7 @@ Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 class InitializeReport:
     """What `initialize_serial_lora` did.
 
-    Attributes:
+    Args:
         adapter_name: The adapter.
         energies: Norm of the gradient that a pair's start caught, by the pair's place.
         unchanged: The pairs that no gradient reached: they keep the start that they had.

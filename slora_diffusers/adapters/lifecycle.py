@@ -205,6 +205,9 @@ def unload_serial_lora(model: Any) -> None:
 
     As with diffusers' `unload_lora_weights`, weights that are fused stay fused, and the originals are let go: call
     `unfuse_serial_lora` first to get the base back.
+
+    Args:
+        model: A model, with adapters or without; or a pipeline, over its components.
     """
     models = adapted(model, required=False)
     with ONE_VERB, changing(*models.values()):

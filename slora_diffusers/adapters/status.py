@@ -58,6 +58,9 @@ class SerialLoraStatus:
 def serial_lora_status(model: Any) -> Any:
     """The adapters of a model, which are active with what weights, what is fused, and where they are.
 
+    Args:
+        model: A model, with adapters or without; or a pipeline.
+
     Returns:
         A `SerialLoraStatus`; of a pipeline {component: status} of every component that has adapters.
     """
@@ -71,6 +74,10 @@ def serial_lora_parameters(model: Any, adapter_name: str | None = None) -> list[
     """The parameters A (r, d) and B (d, r) of one adapter, or of all, of a model or a pipeline, for an optimizer.
 
     Those of the modules that it saves whole (`modules_to_save`) follow.
+
+    Args:
+        model: A model with adapters; or a pipeline, over its components that have some.
+        adapter_name: Which one; `None` takes all.
 
     Raises:
         AdapterStateError: If there is no adapter, or none of that name.

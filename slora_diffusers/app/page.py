@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ..convert.plots import plot_norms, plot_spectra
+from ..convert.plots import plot_spectra
 from ..errors import SerialLoraError
+from ..training.charts import STYLE, bar_chart
 from .grid import Grid, by_adapters, by_weights, columns_of, draw_grid
 from .session import Look, Session
 
@@ -87,13 +89,14 @@ class Desk:
         return draw_grid(self.session, Grid(lines, columns), ", ".join(look.weights), _steps(progress))
 
     def plots(self, name: str) -> tuple[str, str]:
-        """Pictures of an adapter's spectrum and norms."""
+        """A picture of an adapter's spectrum, and a chart of its norms."""
         if not name:
             raise SerialLoraError("Choose an adapter: open one first.")
         folder = Path(tempfile.mkdtemp(prefix="slora-"))
         plot_spectra(self.session.spectra(name), folder / "spectrum.png", f"Singular values of {name}")
-        plot_norms(self.session.norms(name), folder / "norms.png", f"Norms of {name}")
-        return str(folder / "spectrum.png"), str(folder / "norms.png")
+        title = f"Norms of {name}, by block"
+        chart = bar_chart(self.session.norms(name), title)
+        return str(folder / "spectrum.png"), f"<style>{STYLE}</style><h3>{escape(title)}</h3>{chart}"
 
 
 def numbers(text: str, kind: type, what: str) -> list[Any]:
@@ -219,7 +222,7 @@ def _tabs(desk: Desk, controls: list[Any], weights: gr.State) -> None:
             draw = gr.Button("Draw", variant="primary")
             cancel = gr.Button("Cancel")
         with gr.Row():
-            shown = [gr.Image(label=label, interactive=False) for label in ("Base", "Live", "Fused")]
+            shown = [_picture(label) for label in ("Base", "Live", "Fused")]
         said = gr.Markdown(elem_id="said")
     with gr.Tab("Grid"):
         with gr.Row():
@@ -230,12 +233,12 @@ def _tabs(desk: Desk, controls: list[Any], weights: gr.State) -> None:
         with gr.Row():
             make = gr.Button("Draw the grid", variant="primary")
             cancel_grid = gr.Button("Cancel the grid")
-        sheet = gr.Image(label="Grid", interactive=False, format="png")
+        sheet = _picture("Grid", format="png")
     with gr.Tab("Inspect"):
         adapter = gr.Dropdown(desk.session.names, label="Adapter to inspect")
         inspect = gr.Button("Plot spectrum and norms")
         with gr.Row():
-            plots = [gr.Image(label=label, interactive=False) for label in ("Spectrum of s B A", "Norms by block")]
+            plots = [_picture("Spectrum of s B A", show_label=False), gr.HTML(label="Norms by block")]
         weights.change(lambda now: gr.update(choices=list(now), value=next(iter(now), None)), weights, adapter)
     _convert_tab(desk, controls, weights)
 
@@ -258,6 +261,11 @@ def _tabs(desk: Desk, controls: list[Any], weights: gr.State) -> None:
     for button in (cancel, cancel_grid):
         button.click(lambda: desk.session.stop.set(), queue=False)
     inspect.click(plainly(desk.plots), adapter, plots)
+
+
+def _picture(label: str, **more: Any) -> gr.Image:
+    """A place for a picture; without the button that would send it to the Hub."""
+    return gr.Image(label=label, alt_text=label, interactive=False, buttons=["download", "fullscreen"], **more)
 
 
 def _convert_tab(desk: Desk, controls: list[Any], weights: gr.State) -> None:

@@ -68,21 +68,6 @@ def plot_spectra(spectra: Mapping[str, Sequence[float]], path: Path, title: str)
     _save(figure, path)
 
 
-def plot_norms(norms: Mapping[str, Mapping[str, float]], path: Path, title: str) -> None:
-    """Draw ||s B A|| of every pair as bars, {block: {pair: norm}}."""
-    figure, axes = _figure((7, 4.2))
-    pairs = list(dict.fromkeys(pair for values in norms.values() for pair in values))
-    places, width = np.arange(len(norms)), 0.8 / max(1, len(pairs))
-    for number, pair in enumerate(pairs):
-        heights = [values.get(pair, 0.0) for values in norms.values()]
-        axes.bar(places + (number - (len(pairs) - 1) / 2) * width, heights, width, label=pair)
-    every = -(-len(norms) // 24)
-    axes.set_xticks(places[::every], list(norms)[::every], rotation=45 if len(norms) > 6 else 0, fontsize=8)
-    axes.set(ylabel="||s B A||", title=title)
-    axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
-
-
 def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
     figure, axes = _plt().subplots(figsize=size, constrained_layout=True)
     axes.spines[["top", "right"]].set_visible(False)

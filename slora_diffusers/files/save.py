@@ -29,6 +29,9 @@ def serial_lora_state_dict(model: Any, adapter_name: str | None = None, componen
         model: A model with adapters; or a pipeline, over the components that have the adapter.
         adapter_name: Which one; `None` takes the only one, or the only active one.
         component: First part of a model's keys; `None` takes "transformer" for a diffusers model, else "model".
+
+    Raises:
+        AdapterStateError: If there is no adapter, none of that name, or several and none is named.
     """
     return adapter_file(model, adapter_name, component).state_dict()
 

@@ -83,6 +83,9 @@ class SerialLoraWithHead(nn.Module):
     def predict(self, image: Any) -> Tensor:
         """Logits of a PIL image of any size, prepared (stretched, padded, cropped, in tiles) as `preprocessing` says.
 
+        Args:
+            image: A PIL image.
+
         Returns:
             (classes,), or of a segmentation (classes, height, width) at the image's own size; in fp32 on the CPU.
         """
@@ -127,7 +130,14 @@ class SerialLoraWithHead(nn.Module):
         dtype: torch.dtype | None = None,
         is_main_process: bool = True,
     ) -> Path:
-        """Write adapter, head, label names and preprocessing to one file; see `save_serial_lora`.
+        """Write adapter, head, label names and preprocessing to one file.
+
+        Args:
+            save_directory: Folder, made if it is not there.
+            adapter_name: Which adapter; `None` takes the only one, or the only active one.
+            weight_name: Name of the file.
+            dtype: Of the adapter's tensors; `None` leaves them as they are.
+            is_main_process: Whether this process writes.
 
         Raises:
             AdapterFileError: If a weight is not finite; an earlier file of that name is left as it was.

@@ -16,9 +16,10 @@ from .backbones import last_features, layer_features
 from .base import SerialLoraWithHead, dtype_of, probe
 from .framing import CROP, check_framed, check_pixel_mask, ignore_padding
 from .losses import IGNORE_INDEX, check_pixel_labels, pixel_cross_entropy
+from .pixel_heads import ConvolutionalHead, UPerNet, scales_of
 from .preprocessing import Preprocessing
 
-SEGMENTATION_HEADS = ("linear", "convolutional")
+SEGMENTATION_HEADS = ("linear", "convolutional", "upernet")
 WIDEST = 2048
 
 
@@ -51,10 +52,11 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
             model_or_id: As for classification.
             num_labels: Number of classes, background included; None if `label_names` are given.
             config: The adapter; None adds none.
-            head: "linear" on the last features, or "convolutional" over several layers (`ConvolutionalHead`).
-            layers: Blocks (of hierarchical backbones: stages) that the convolutional head reads, from 0; by default
+            head: "linear" on the last features; over several layers "convolutional" (`ConvolutionalHead`) or, larger
+                and better, "upernet" (`UPerNet`).
+            layers: Blocks (of hierarchical backbones: stages) that a head over several reads, from 0; by default
                 four, evenly spread.
-            width: Channels of the convolutional head.
+            width: Channels of a head over several layers.
             label_names: Names of the classes; 0, 1, ... by default.
             preprocessing: As for classification.
             **loading: As for classification.
@@ -65,7 +67,7 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
         if head not in SEGMENTATION_HEADS or width < 1 or (layers is not None and (head == "linear" or not layers)):
             raise SerialLoraError(
                 f"head must be one of {', '.join(SEGMENTATION_HEADS)}, width at least 1, and layers, one or more, go "
-                f"with the convolutional head only; got head={head!r}, width={width}, layers={layers}."
+                f"with a head over several only; got head={head!r}, width={width}, layers={layers}."
             )
         if len(label_names or ()) > IGNORE_INDEX or (num_labels or 0) > IGNORE_INDEX:
             raise SerialLoraError(f"At most {IGNORE_INDEX} labels: {IGNORE_INDEX} marks pixels that count for nothing.")
@@ -88,7 +90,17 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
         if settings["layers"] is None:
             settings["layers"] = sorted({len(maps) * (i + 1) // 4 - 1 for i in range(4)} - {-1})
         chosen = probe(backbone, preprocessing, partial(layer_features, layers=settings["layers"]))
-        return ConvolutionalHead([x.shape[1] for x in chosen], settings["width"], classes)
+        widths = [x.shape[1] for x in chosen]
+        if settings["head"] == "convolutional":
+            return ConvolutionalHead(widths, settings["width"], classes)
+        scales = scales_of(chosen)
+        if len(scales) != len(chosen) or min(min(x.shape[-2:]) for x in chosen) < 2:
+            raise SerialLoraError(
+                f"UPerNet reads at most four layers, of at least 2 x 2 patches each; here are {len(chosen)}, of "
+                f"{[tuple(x.shape[-2:]) for x in chosen]}. Choose others with layers=, larger images, or "
+                'head="convolutional".'
+            )
+        return UPerNet(widths, settings["width"], classes, scales)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, pixel_mask: Tensor | None = None) -> Any:
         """Logits (B, classes, H, W) at the size of the input, and the cross-entropy if there are labels.
@@ -114,7 +126,7 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
             x = self.head(last_features(self.backbone, pixel_values)[1].to(dtype))  # (B, classes, h, w)
         else:
             maps = layer_features(self.backbone, pixel_values, self.settings["layers"])
-            x = self.head([x.to(dtype) for x in maps])  # (B, classes, 4 h, 4 w)
+            x = self.head([x.to(dtype) for x in maps])  # (B, classes, up to 4 h, 4 w)
         logits = F.interpolate(x.float(), pixel_values.shape[-2:], mode="bilinear")  # (B, classes, H, W)
         loss = None
         if labels is not None:
@@ -136,34 +148,3 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             f"A segmentation head has head: one of {', '.join(SEGMENTATION_HEADS)}, layers: None or whole numbers, and "
             f"width: from 1 to {WIDEST}; got {dict(settings)}."
         )
-
-
-class ConvolutionalHead(nn.Module):
-    """Levels norm'd, projected and summed, then two steps of convolution and upsampling by 2.
-
-    The sum over layers is SETR-MLA's, the progressive upsampling SETR-PUP's (Zheng et al., arXiv 2012.15840).
-    """
-
-    def __init__(self, widths: Sequence[int], width: int, classes: int) -> None:
-        super().__init__()
-        self.levels = nn.ModuleList(nn.Sequential(_Norm(d), nn.Conv2d(d, width, 1)) for d in widths)
-        self.steps = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), _Norm(width), nn.GELU()) for _ in range(2)
-        )
-        self.classifier = nn.Conv2d(width, classes, 1)
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps (B, d_i, h_i, w_i) -> logits (B, classes, 4 h, 4 w), with h and w of the finest level."""
-        size = max((x.shape[-2:] for x in maps), key=lambda s: s[0])
-        levels = [level(x) for level, x in zip(self.levels, maps, strict=True)]
-        x = sum(F.interpolate(y, size, mode="bilinear") for y in levels)  # (B, width, h, w)
-        for step in self.steps:
-            x = F.interpolate(step(x), scale_factor=2, mode="bilinear")
-        return self.classifier(x)
-
-
-class _Norm(nn.LayerNorm):
-    """LayerNorm over the channels of a map (B, d, h, w)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)

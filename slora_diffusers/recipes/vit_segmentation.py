@@ -48,10 +48,8 @@ class Options(VisionOptions, MaskOptions):
     mask_column: str = option("mask", "Column of the masks, as images.")
     label_map: str = option(None, "JSON file: what the masks' values or colours mean.", required=True)
     head: str = option("linear", "Head over the patches.", choices=tuple(SEGMENTATION_HEADS))
-    head_layers: list[int] | None = option(
-        None, "Blocks that the convolutional head reads; four by default.", within=ANY
-    )
-    head_width: int = option(128, "Channels of the convolutional head.", within=COUNT)
+    head_layers: list[int] | None = option(None, "Blocks that a head over several reads; four by default.", within=ANY)
+    head_width: int = option(128, "Channels of a head over several layers.", within=COUNT)
     dice_weight: float = option(0.0, "Weight of the Dice loss beside the cross-entropy.", within=NOT_NEGATIVE)
     balance_classes: bool = option(False, "Weigh classes in the cross-entropy by how rare their pixels are.")
 

@@ -10,6 +10,21 @@ from itertools import pairwise
 Point = tuple[float, float]
 Curves = Mapping[str, Sequence[Point]]
 
+_COLOURS = ("#2f6fb3", "#c2541c", "#2e8b57", "#8e5ab5", "#b8860b", "#c03a6b")
+STYLE = """
+.chart { display: block; width: 100% } .chart text { fill: var(--faint, #69707a); font-size: 11px }
+.chart line { stroke: var(--line, #dfe3e8) } .chart path { fill: none; stroke-width: 1.8; stroke-linejoin: round }
+.chart path.faint { opacity: .3; stroke-width: 1 }
+.legend { color: var(--faint, #69707a); display: flex; flex-wrap: wrap; font-size: .8rem; gap: .2rem .9rem;
+  margin: .3rem 0 0 }
+.legend i { border-radius: 2px; display: inline-block; height: .6rem; margin-right: .35rem; width: .9rem }
+""" + "".join(
+    f".chart path.c{n} {{ stroke: {colour} }} .chart .c{n}:not(path) {{ fill: {colour} }} "
+    f".legend .c{n} {{ background: {colour} }}\n"
+    for n, colour in enumerate(_COLOURS)
+)
+"""What a page with charts needs among its styles."""
+
 WIDTH, HEIGHT = 460, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 30
 MOST_POINTS = 600
@@ -165,7 +180,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def _svg(content: str, label: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{content}</svg>'
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{content}</svg>'
 
 
 def _legend(names: Sequence[str]) -> str:

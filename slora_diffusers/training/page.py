@@ -27,7 +27,7 @@ from ..convert.describe import block_norms, lora_norms
 from ..convert.merge import scaled_pairs
 from ..files.format import AdapterFile
 from ..files.storage import LORA_NAMES, WEIGHT_NAME
-from .charts import Point, bar_chart, line_chart
+from .charts import STYLE, Point, bar_chart, line_chart
 from .checkpoint import checkpoints, step_of
 
 PAGE, METRICS = "index.html", "metrics.jsonl"
@@ -257,7 +257,6 @@ def _figure(caption: str, chart: str) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>"
 
 
-_COLOURS = ("#2f6fb3", "#c2541c", "#2e8b57", "#8e5ab5", "#b8860b", "#c03a6b")
 _STYLE = re.sub(
     r"\s+",
     " ",
@@ -274,17 +273,9 @@ figure { background: var(--box); border: 1px solid var(--line); border-radius: 8
 figcaption { font-size: .9rem; font-weight: 600; padding-bottom: .3rem }
 .pictures { display: flex; flex-wrap: wrap; gap: .7rem } .pictures img { display: block; max-width: 480px; width: 100% }
 .pictures figure { display: flex; flex-direction: column-reverse; padding: .5rem; max-width: 480px }
-svg { display: block; width: 100% } svg text { fill: var(--faint); font-size: 11px }
-svg line { stroke: var(--line) } svg path { fill: none; stroke-width: 1.8; stroke-linejoin: round }
-svg path.faint { opacity: .3; stroke-width: 1 }
-.legend { color: var(--faint); display: flex; flex-wrap: wrap; font-size: .8rem; gap: .2rem .9rem; margin: .3rem 0 0 }
-.legend i { border-radius: 2px; display: inline-block; height: .6rem; margin-right: .35rem; width: .9rem }
 table { border-collapse: collapse; font-size: .9rem }
 td, th { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; padding: .25rem .9rem .25rem 0;
   text-align: left; vertical-align: top } th { color: var(--faint); font-weight: 500; white-space: nowrap }
 """
-    + "".join(
-        f"path.c{n} {{ stroke: {colour} }} .c{n}:not(path) {{ fill: {colour}; background: {colour} }}\n"
-        for n, colour in enumerate(_COLOURS)
-    ),
+    + STYLE,
 ).strip()

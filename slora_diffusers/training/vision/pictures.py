@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ...heads.segmentation import IGNORE_INDEX
 
@@ -58,8 +58,7 @@ def overlay(image: Image.Image, mask: np.ndarray, names: Sequence[str], opacity:
 def captioned(image: Image.Image, caption: str, side: int = 160) -> Image.Image:
     """The image within a square of so many pixels, on white, and a line below it."""
     picture = Image.new("RGB", (side, side + 20), "white")
-    small = image.convert("RGB")
-    small.thumbnail((side, side))
+    small = ImageOps.contain(image.convert("RGB"), (side, side))
     picture.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
     ImageDraw.Draw(picture).text((side // 2, side + 10), caption, fill="black", font_size=12, anchor="mm")
     return picture
