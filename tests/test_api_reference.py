@@ -27,10 +27,10 @@ COMPUTE = (".predict", ".fuse", ".forward", ".to_transformers")
 
 def section(name: str, text: str) -> str:
     """The lines of one section of a docstring in Google's style."""
-    found = re.search(
-        rf"^{text}:\n((?:[ ]+.*\n|\n)*)", inspect.cleandoc(CALLED[name].__doc__ or "") + "\n", re.MULTILINE
-    )
-    return found[1] if found else ""
+    called = CALLED[name]
+    makers = [c for c in called.__mro__ if c.__module__.startswith("slora")] if inspect.isclass(called) else [called]
+    whole = "\n".join(inspect.cleandoc(maker.__doc__ or "") for maker in makers) + "\n"
+    return "".join(re.findall(rf"^{text}:\n((?:[ ]+.*\n|\n)*)", whole, re.MULTILINE))
 
 
 def parameters(name: str) -> list[inspect.Parameter]:
