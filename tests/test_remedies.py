@@ -50,6 +50,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.parametrize("ending", ["bin", "ckpt", "pt", "pth"])
+def test_pickle_is_said_to_be_one(ending, tmp_path):
+    torch.save({"x.lora_A.weight": torch.ones(2, 2)}, path := tmp_path / f"lora.{ending}")
+    pipe = tiny_sd3_pipeline()
+    for verb in (pipe.load_serial_lora, lambda file: sl.compress_lora(pipe, file, rank=2)):
+        with pytest.raises(sl.AdapterFileError, match=r"is a pickle.*can run code.*safetensors\.torch\.save_file"):
+            verb(path)
+    assert not pipe.serial_lora_status()
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_serial_lora_given_to_load_lora_weights_is_said_to_be_one(name, tmp_path):
     pipe = PIPELINES[name]()

@@ -29,6 +29,7 @@ HEADER = "serial_lora"
 
 _MOST_JSON = 2**24  # characters of a header's JSON; of a large model's adapter it has some hundred thousand
 _DEEPEST = 16
+_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?(?<!\.safetensors)")
 _HUB_ARGUMENTS = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
 
@@ -61,16 +62,24 @@ def read_tensors(path: Path) -> AdapterTensors:
                 raise AdapterFileError(f"{path} has a header of {len(text):,} characters; at most {_MOST_JSON:,}.")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = json.loads(text)
-    except (SafetensorError, OSError, RecursionError, UnicodeError) as error:
-        raise AdapterFileError(f"{path} is not a readable safetensors file: {error}.") from error
     except AdapterFileError:
         raise
-    except ValueError as error:  # JSON's own errors, and numbers of more digits than Python reads
-        raise AdapterFileError(f"{path} is not a readable safetensors file: {error}.") from error
+    except (SafetensorError, OSError, RecursionError, ValueError) as error:  # JSON's own errors are ValueErrors
+        raise unreadable(path, error) from error
     if not isinstance(metadata, dict):
         raise AdapterFileError(f"{path} has a damaged header: it must be a JSON object; got {str(metadata)[:80]}.")
     _check_depth(metadata, path)
     return AdapterTensors(tensors, metadata)
+
+
+def unreadable(path: Path, error: Exception) -> AdapterFileError:
+    """The error for a file that is not safetensors, or damaged."""
+    if path.suffix in _PICKLES:
+        return AdapterFileError(
+            f"{path} is a pickle, as its name says: it can run code, and is not read. Make it safetensors: "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'lora.safetensors')."
+        )
+    return AdapterFileError(f"{path} is not a readable safetensors file: {error}.")
 
 
 def _check_depth(metadata: dict[str, Any], path: Path) -> None:

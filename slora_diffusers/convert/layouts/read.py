@@ -19,7 +19,7 @@ from ...config import is_number
 from ...core.patterns import check_number
 from ...core.sites import Projection
 from ...errors import AdapterFileError, AdapterStateError, SerialLoraError
-from ...files.storage import check_finite, find_file
+from ...files.storage import check_finite, find_file, unreadable
 from ..lowrank import LowRank
 from .kinds import Settings, change_of, needs_weight, no_change, obstacle, settings_of, shape_of
 from .names import Place, linears_of, places_of, weight_of
@@ -194,7 +194,9 @@ def open_lora(
         config = _beside(path, source, hub)
         own = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
         settings = _settings(json.loads(header.get("lora_adapter_metadata", "{}")), own)
-    except (SerialLoraError, SafetensorError, OSError, ValueError, RecursionError) as error:
+    except SafetensorError as error:
+        raise unreadable(path, error) from error
+    except (SerialLoraError, OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not a readable LoRA: {error}.") from error
     if network := header.get("ss_network_module"):
         settings.setdefault("", {"network_module": network})
