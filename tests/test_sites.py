@@ -205,6 +205,7 @@ def own_table(monkeypatch):
     table = dict(ARCHITECTURES)
     for module in ("records.registry", "core.sites", "core.fit"):
         monkeypatch.setattr(f"slora_diffusers.{module}.ARCHITECTURES", table)
+    return table
 
 
 GOOD = sl.Pair(("hidden_states",), ("to_q", "to_k", "to_v"))
@@ -219,6 +220,17 @@ MISTAKES = {
                      r"Did you mean 'to_v'"),
     "the only projection": ({"blocks.*.attn": (GOOD, sl.Pair((), ("to_out.1.proj",), "attention_output"))},
                             r"names the projection 'to_out.1.proj'"),
+    "a projection that is a layer norm": ({"blocks.*.attn": (sl.Pair((), ("norm",), "x"),)}, "'norm'.*class LayerNorm"),
+    "a projection that is an embedding": ({"blocks.*.attn": (sl.Pair((), ("table",), "x"),)}, "class Embedding"),
+    "a projection without a weight": ({"blocks.*.attn": (sl.Pair((), ("to_out.1",), "x"),)}, "class Dropout"),
+    "a bias": ({"blocks.*.attn": (sl.Pair((), ("to_q.bias",), "x"),)}, "'to_q.bias'.*class Parameter"),
+    "one input in two pairs": ({"blocks.*.attn": (sl.Pair(("hidden_states",), ("to_q",)),
+                                                  sl.Pair(("hidden_states",), ("to_k", "to_v"), "kv"))},
+                               "both read the input 'hidden_states'"),
+    "one weight in two pairs": ({"blocks.*.attn": (GOOD, sl.Pair((), ("to_v",), "v"))},
+                                "both feed 'blocks.0.attn.to_v'"),
+    "one site under two paths": ({"blocks.*.attn": (GOOD,), "blocks.0.attn": (sl.Pair((), ("to_q",), "again"),)},
+                                 "both feed 'blocks.0.attn.to_q'"),
     "an input": ({"blocks.*": (sl.Pair(("hidden",), ("attn.to_q", "attn.to_k", "attn.to_v")),)},
                  r"names the input 'hidden' of 'blocks.*'.*takes hidden_states"),
 }  # fmt: skip
@@ -228,12 +240,40 @@ MISTAKES = {
 def test_a_record_that_does_not_fit_says_what_it_looked_for_and_what_is_there(mistake, own_table):
     sites, message = MISTAKES[mistake]
     own(sites)
-    model = OneBlock()
+    model = OneBlock(bias=True)
+    model.blocks[0].attn.norm, model.blocks[0].attn.table = nn.LayerNorm(32), nn.Embedding(32, 32)
     before = traces(model)
     with pytest.raises(sl.ArchitectureError, match=message) as error:
         sl.add_serial_lora(model, sl.SerialLoraConfig())
     assert len(str(error.value)) < 500
     assert traces(model) == before
+
+
+WRONG_KINDS = {
+    "models as one string": lambda: sl.Architecture("Own", "OneBlock", {"a": (GOOD,)}),
+    "a class for its name": lambda: sl.Architecture("Own", (OneBlock,), {"a": (GOOD,)}),
+    "inputs as one string": lambda: sl.Pair("x", ("to_q",)),
+    "projections as one string": lambda: sl.Pair(("x",), "q"),
+    "no projection": lambda: sl.Pair(("x",), ()),
+    "neither input nor name": lambda: sl.Pair((), ("to_q",)),
+    "a name that no file can hold": lambda: sl.Pair(("x",), ("to_q",), "a.b"),
+    "a pair alone": lambda: sl.Architecture("Own", ("OneBlock",), {"a": GOOD}),
+    "names for pairs": lambda: sl.Architecture("Own", ("OneBlock",), {"a": ("to_q", "to_k")}),
+    "no mapping of sites": lambda: sl.Architecture("Own", ("OneBlock",), ("a", (GOOD,))),
+    "an empty name in a path": lambda: sl.Architecture("Own", ("OneBlock",), {".blocks": (GOOD,)}),
+    "part of a name": lambda: sl.Architecture("Own", ("OneBlock",), {"bl*.attn": (GOOD,)}),
+    "a path in two": lambda: sl.Architecture("Own", ("OneBlock",), {"blocks?.*": (GOOD,)}),
+    "no record": lambda: {"models": ("OneBlock",)},
+}
+
+
+@pytest.mark.parametrize("mistake", list(WRONG_KINDS))
+def test_a_record_of_the_wrong_kinds_is_refused_and_not_kept(mistake, own_table):
+    before = dict(own_table)
+    with pytest.raises(sl.ArchitectureError, match=r"such as|must be|needs|takes an|where|part of names") as error:
+        sl.register_architecture(WRONG_KINDS[mistake]())
+    assert len(str(error.value)) < 400
+    assert own_table == before
 
 
 def test_what_some_models_lack_is_marked(own_table):

@@ -13,7 +13,7 @@ from ..config import SerialLoraConfig, matches
 from ..errors import ArchitectureError, SerialLoraError
 from ..records.registry import ARCHITECTURES, REFUSED, Architecture, Pair, check_config, is_built_in
 from .expand import Projection, expand, projection_of, unwrap
-from .fit import check_fit, no_record, no_site
+from .fit import check_apart, check_fit, no_record, no_site
 from .names import place_name
 from .offload import device_of
 
@@ -73,6 +73,7 @@ def find_slots(model: nn.Module) -> list[Slot]:
         raise ArchitectureError(f"Serial LoRA does not serve this model. {'; '.join(dict.fromkeys(refusals))}")
     if not slots:
         raise ArchitectureError(empty[0] if empty else no_record(unwrap(model)))
+    check_apart(slots.values())
     return list(slots.values())
 
 

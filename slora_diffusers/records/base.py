@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ArchitectureError
 
 OPTIONAL_PAIRS = ("attention_output", "encoder_attention_output", "feed_forward", "encoder_feed_forward")
 """Pairs that records name but that are off unless `config.inputs` asks for them."""
@@ -29,8 +32,14 @@ class Pair:
     without: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", names("inputs of a Pair", self.inputs, '("hidden_states",)'))
+        object.__setattr__(self, "projections", names("projections of a Pair", self.projections, '("to_q", "to_k")'))
+        if not self.projections or not (self.name or self.inputs):
+            raise ArchitectureError(f"A Pair needs a projection at least, and an input or a name; got {self}.")
         if not self.name:
             object.__setattr__(self, "name", self.inputs[0])
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ArchitectureError(f"The name of a Pair is part of names in files: letters, digits and _; got {self}.")
 
     @property
     def optional(self) -> bool:
@@ -39,6 +48,17 @@ class Pair:
 
 
 Sites = Mapping[str, tuple[Pair, ...]]
+
+
+def names(what: str, given: Any, example: str) -> tuple[str, ...]:
+    """Names as a tuple; a string alone would be taken for its letters.
+
+    Raises:
+        ArchitectureError: If they are no tuple or list of names.
+    """
+    if not isinstance(given, tuple | list) or not all(isinstance(name, str) and name.strip() for name in given):
+        raise ArchitectureError(f"The {what} must be a tuple of names, such as {example}; got {given!r}.")
+    return tuple(given)
 
 
 @dataclass(frozen=True)

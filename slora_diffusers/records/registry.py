@@ -7,11 +7,12 @@ tests are all driven by these records; `register_architecture` adds one for a mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ArchitectureError
 from . import RECORDS
-from .base import OPTIONAL_PAIRS, Architecture, Pair
+from .base import OPTIONAL_PAIRS, Architecture, Pair, names
 
 __all__ = [
     "ARCHITECTURES",
@@ -31,6 +32,8 @@ REFUSED: dict[str, str] = {"DebertaV2Layer": _SHARED, "DebertaLayer": _SHARED}
 """Model class name -> why no pair can serve it exactly. Every transformer of diffusers 0.42 has a record."""
 
 
+_SITES = 'a mapping from paths to tuples of Pair, such as {"blocks.*.attn": (Pair(...),)}'
+
 MAYBE = "?"
 """At the end of a site's path or of a projection in a record: some models of the family lack it."""
 
@@ -48,14 +51,31 @@ def register_architecture(record: Architecture) -> Architecture:
         The record, so that the call can stand where it is defined.
 
     Raises:
-        ArchitectureError: If the record names no model, no site, or a site without a pair.
+        ArchitectureError: If the record names no model, no site, or a site without a pair, or something in it is of
+            the wrong kind. Nothing is registered then.
     """
+    if not isinstance(record, Architecture):
+        raise ArchitectureError(f"register_architecture() takes an Architecture; got {type(record).__name__}.")
+    models = names(f"models of the record {record.family!r}", record.models, '("MyTransformer",)')
+    if not isinstance(record.sites, Mapping):
+        raise ArchitectureError(f"The sites of the record {record.family!r} must be {_SITES}; got {record.sites!r}.")
     if not record.models or not record.sites or not all(record.sites.values()):
         raise ArchitectureError(
             f"The record {record.family!r} needs at least one model class name and one site, and every site a pair; "
             f"got models={record.models!r}, sites={dict(record.sites)!r}."
         )
-    for model in record.models:
+    for path, pairs in record.sites.items():
+        parts = path.removesuffix(MAYBE).split(".") if isinstance(path, str) else [""]
+        if path != "" and not all(part == "*" or (part and not {*part} & {"*", MAYBE}) for part in parts):
+            raise ArchitectureError(
+                f"The record {record.family!r} has the site {path!r}; a site is a path of names, where * stands for a "
+                f'whole name, and a {MAYBE} at the end marks a path that some models lack: "blocks.*.attn".'
+            )
+        if not isinstance(pairs, tuple | list) or not all(isinstance(pair, Pair) for pair in pairs):
+            raise ArchitectureError(
+                f"The sites of the record {record.family!r} must be {_SITES}; at {path!r} there is {pairs!r}."
+            )
+    for model in models:
         ARCHITECTURES[model] = record
     return record
 
