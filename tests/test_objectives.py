@@ -146,6 +146,67 @@ def test_a_setting_that_no_objective_knows_is_an_error(flags, message):
         objective_for(DDIMScheduler(), options(*flags)).process.stratified_times(2)
 
 
+MISTAKEN = {
+    "a mean over the batch": ("def loss(self, p, t, noised): return ((p - t) ** 2).mean()",
+                              r"Mistaken.loss\(\) must return one loss per sample, .*\(2,\); it returned shape \(\)"),
+    "no mean at all": ("def loss(self, p, t, noised): return (p - t) ** 2", r"it returned shape \(2, 4, "),
+    "a float": ("def loss(self, p, t, noised): return 1.0", "it returned a float"),
+    "a mean of the model's": ("def losses(self, model, noised): return self.compare(model(noised), noised).mean()",
+                              r"Mistaken.losses\(\) must return one loss per sample"),
+    "no gradient": ("def loss(self, p, t, noised): return ((p - t) ** 2).detach().flatten(1).mean(1)", "no gradient"),
+    "no total": ("def total(self, losses, batch): return losses", r"total\(\) returned a tensor of shape \(2,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKEN)
+def test_a_loss_that_is_not_one_number_per_sample_is_an_error(mistake, dit_base, tmp_path):
+    method, message = MISTAKEN[mistake]
+    imports = "from slora_diffusers.training.diffusion.objectives import Objective\n"
+    (tmp_path / "mistaken.py").write_text(f"{imports}class Mistaken(Objective):\n    {method}\n")
+    with pytest.raises(SerialLoraError, match=message):
+        train(dit_base, tmp_path / "out", "--objective", f"{tmp_path}/mistaken.py:Mistaken")
+
+
+SETTINGS = """
+from dataclasses import dataclass
+from slora_diffusers.training.diffusion.objectives import Objective
+
+@dataclass(frozen=True)
+class Settings(Objective):
+    width: float = 1
+    hard: bool = False
+    name: str = "a"
+
+class Forgotten(Objective):
+    width: float = 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "wanted"),
+    [
+        ("Settings", "width=0.5", 0.5),
+        ("Settings", "width=wide", "width must be a number, as its default 1 is; got 'wide'"),
+        ("Settings", "width=True", "width must be a number"),
+        ("Settings", "width=0,5", "width must be a number"),
+        ("Settings", "hard=True", True),
+        ("Settings", "hard=1", "hard must be True or False"),
+        ("Settings", "hard=false", "hard must be True or False"),
+        ("Settings", "name=7", "7"),
+        ("Settings", "widht=1", "Settings has no such setting; it has: width, hard, name"),
+        ("Forgotten", "width=2", "it has: none. Put @dataclass"),
+    ],
+)
+def test_a_setting_is_of_the_kind_of_its_default(kind, given, wanted, tmp_path):
+    (tmp_path / "settings.py").write_text(SETTINGS)
+    flags = options("--objective", f"{tmp_path}/settings.py:{kind}", "--objective_args", given)
+    if wanted in (0.5, True, "7"):
+        assert getattr(objective_for(DDIMScheduler(), flags), given.partition("=")[0]) == wanted
+    else:
+        with pytest.raises(SerialLoraError, match=wanted):
+            objective_for(DDIMScheduler(), flags)
+
+
 @pytest.mark.parametrize("name", COMPARISONS)
 @pytest.mark.parametrize("c", [0.05, 1.0])
 def test_each_comparison_is_its_formula(name, c):

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...errors import SerialLoraError
 from ..data.batches import Batch
 from ..memory import unless_it_does_not_fit
 from ..methods import without_adapter
 from ..run import Run
-from .objectives import Noised, Objective
+from .objectives import Noised, Objective, per_sample
 from .samples import Samples
 from .validation import fixed_noise_loss, image_grid, side_by_side
 
@@ -55,12 +56,22 @@ class Denoising:
     def loss(self, batch: Batch) -> Tensor:
         """Loss of a micro-batch, a scalar."""
         losses = self.losses(batch)
-        return self.objective.total(losses * batch.weights.to(losses), batch)
+        total = self.objective.total(losses * batch.weights.to(losses), batch)
+        if total.ndim or not total.requires_grad:
+            kind = type(self.objective).__name__
+            what = (
+                f"total() returned a tensor of shape {tuple(total.shape)}" if total.ndim else "the loss has no gradient"
+            )
+            raise SerialLoraError(
+                f"{kind} must give one number that depends on what is trained, but {what}. Do not detach the model's "
+                "output or take .item() of it, and let total() end in a mean."
+            )
+        return total
 
     def losses(self, batch: Batch, times: Tensor | None = None) -> Tensor:
         """Loss of every sample, (B,), at random times or at given ones."""
         noised = self.objective.draw(self.samples.latents(batch), batch, times)
-        losses = self.objective.losses(self, noised)
+        losses = per_sample(self.objective.losses(self, noised), noised, self.objective, "losses")
         if times is None:
             own = ~batch.prior.to(losses.device)  # without class images and rejected ones
             self._seen.append((noised.timesteps.detach()[own], losses.detach()[own]))

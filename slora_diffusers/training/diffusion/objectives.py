@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -102,7 +103,7 @@ class Objective:
     def compare(self, output: Tensor, noised: Noised) -> Tensor:
         """The loss of every sample, (B,), from the transformer's output."""
         given = (noised.x0, noised.noise, noised.xt, noised.times)
-        error = lambda prediction, target: self.loss(prediction, target, noised)  # noqa: E731
+        error = lambda prediction, target: per_sample(self.loss(prediction, target, noised), noised, self, "loss")  # noqa: E731
         return self.process.loss(output, *given, error=error, mask=noised.mask)
 
     def loss(self, prediction: Tensor, target: Tensor, noised: Noised) -> Tensor:
@@ -112,6 +113,22 @@ class Objective:
     def total(self, losses: Tensor, batch: Batch) -> Tensor:
         """One number of a micro-batch: the mean, where class images count on their own."""
         return prior_preservation(losses, batch.prior.to(losses.device), self.prior_weight)
+
+
+def per_sample(losses: Any, noised: Noised, objective: Objective, method: str) -> Tensor:
+    """The losses that a method of an objective gave, if it is one per sample: another shape would broadcast.
+
+    Raises:
+        SerialLoraError: If they are not of shape (B,).
+    """
+    size = len(noised.times)
+    if not torch.is_tensor(losses) or losses.shape != (size,):
+        given = f"shape {tuple(losses.shape)}" if torch.is_tensor(losses) else f"a {type(losses).__name__}"
+        raise SerialLoraError(
+            f"{type(objective).__name__}.{method}() must return one loss per sample, a tensor of shape ({size},); it "
+            f"returned {given}. A mean over all but the first axis has it: error.flatten(1).mean(1)."
+        )
+    return losses
 
 
 def prior_preservation(losses: Tensor, prior: Tensor, weight: float) -> Tensor:
@@ -193,11 +210,28 @@ def objective_settings(kind: type[Objective], given: Mapping[str, str]) -> dict[
     for name in given:
         if name not in known:
             have = ", ".join(known) or "none"
-            raise SerialLoraError(f"--objective_args {name}: {kind.__name__} has no such setting; it has: {have}.")
+            hint = " Put @dataclass(frozen=True) above the class." if name in inspect.get_annotations(kind) else ""
+            raise SerialLoraError(
+                f"--objective_args {name}: {kind.__name__} has no such setting; it has: {have}.{hint}"
+            )
     missing = [n for n, f in known.items() if n not in given and f.default is MISSING and f.default_factory is MISSING]
     if missing:
         raise SerialLoraError(f"{kind.__name__} needs --objective_args {missing[0]}=VALUE.")
-    return {name: python_value(text) for name, text in given.items()}
+    return {name: _setting(f"--objective_args {name}", text, known[name].default) for name, text in given.items()}
+
+
+def _setting(flag: str, text: str, default: Any) -> Any:
+    """A setting's value: of the kind of its default where that is a number, a truth value or a text."""
+    value = python_value(text)
+    if isinstance(default, str):
+        return text
+    kinds = bool if isinstance(default, bool) else (int, float)
+    if isinstance(default, int | float) and (
+        not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool)
+    ):
+        wanted = "True or False" if kinds is bool else "a number"
+        raise SerialLoraError(f"{flag} must be {wanted}, as its default {default!r} is; got {text!r}.")
+    return value
 
 
 def _module(where: str) -> Any:
