@@ -102,7 +102,7 @@ def error(page):
     toast = page.locator(".toast-body.error, .toast-wrap .error").first
     toast.wait_for()
     text = toast.inner_text()
-    page.locator(".toast-close").first.click()
+    page.evaluate("document.querySelectorAll('.toast-close').forEach(button => button.click())")
     toast.wait_for(state="hidden")
     return text
 

@@ -291,3 +291,13 @@ def test_bars_are_as_high_as_their_numbers():
     text = bar_chart({"0": {"a": 1.0, "b": 2.0}, "1": {"a": 4.0}}, "norms")
     heights = [float(h) for h in re.findall(r'<rect[^>]* height="([\d.]+)"', text)]
     assert [h / heights[0] for h in heights] == pytest.approx([1, 2, 4], rel=0.01)
+
+
+@pytest.mark.parametrize("count", [1, 6, 24, 200])
+@pytest.mark.parametrize("name", ["{}", "transformer {}", "text_encoder_2 {}"])
+def test_labels_of_bars_do_not_lie_over_each_other(count, name):
+    text = bar_chart({name.format(n): {"a": 1.0} for n in range(count)}, "norms")
+    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)</text>', text)
+    assert labels
+    ends = [(float(x) - 3 * len(label), float(x) + 3 * len(label)) for x, label in labels]
+    assert all(end < start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -18,6 +19,8 @@ from .grid import Grid, by_adapters, by_weights, columns_of, draw_grid
 from .session import Look, Session
 
 STEPS = 20
+BAR_EVERY = 0.25
+"""Seconds between two states of the progress bar."""
 _CSS = ".gradio-container { max-width: 1280px !important } .error { white-space: normal }"
 
 
@@ -128,7 +131,16 @@ def rank_of(text: str) -> int | str | None:
 
 
 def _steps(progress: Any) -> Callable[[int, int], None]:
-    return lambda done, steps: progress((done, steps), desc="Drawing", unit="steps")
+    """What shows the steps that are done, not each of them: a browser that draws too many bars answers no button."""
+    shown = 0.0
+
+    def show(done: int, steps: int) -> None:
+        nonlocal shown
+        if done == steps or time.monotonic() - shown >= BAR_EVERY:
+            shown = time.monotonic()
+            progress((done, steps), desc="Drawing", unit="steps")
+
+    return show
 
 
 def _enlarged(image: Any) -> Any:

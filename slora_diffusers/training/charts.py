@@ -88,7 +88,8 @@ def bar_chart(bars: Mapping[str, Mapping[str, float]], label: str) -> str:
         return "<p>no finite number yet</p>"
     plot, parts = _Plot([0, len(bars)], [0.0, *heights], digits=False), []
     wide = 0.8 / max(1, len(names))
-    every = -(-len(bars) // 16)
+    room = (WIDTH - _LEFT - _RIGHT) / len(bars)
+    every = max(1, math.ceil((6 * max(map(len, bars)) + 8) / room))  # labels of 6 pixels a letter side by side
     for place, (block, values) in enumerate(bars.items()):
         for number, name in enumerate(names):
             value = values.get(name, math.nan)
