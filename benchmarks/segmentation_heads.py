@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from benchmarks import vit
-from benchmarks.harness import RESULTS, machine, write_results
+from benchmarks.harness import RESULTS, machine, read_results, write_results
 from benchmarks.vit_tasks import Split, Task, segmentation
 from slora_diffusers.heads.backbones import last_features, layer_features
 from slora_diffusers.heads.losses import pixel_cross_entropy
@@ -98,6 +98,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         over = [r["test"] - base[seed]["test"] for seed, r in seeds.items() if seed in base]
         first = next(iter(seeds.values()))
         summary[name] = {"rate": first["rate"], "parameters": first["parameters"], **_mean("test", scores)}
+        summary[name] |= _mean("validation", [r["validation"] for r in seeds.values()])
         summary[name] |= _mean("over_convolutional", over)
     return summary
 
@@ -106,6 +107,20 @@ def _mean(name: str, values: Sequence[float]) -> dict[str, float | None]:
     """Mean, and standard error."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return {name: statistics.mean(values) if values else None, f"{name}_error": error}
+
+
+def heads_table(folder: Path = RESULTS) -> str:
+    """Each head at its best rate: mean IoU in percent, and standard errors over the seeds."""
+    lines = [
+        "| head | Parameters | Rate | validation | test | over the convolutional |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for name, found in summarise(read_results("segmentation_heads", folder)["runs"]).items():
+        scores = [f"{found[key]:.1f} ± {found[f'{key}_error']:.1f}" for key in ("validation", "test")]
+        over = f"{found['over_convolutional']:+.1f} ± {found['over_convolutional_error']:.1f}"
+        cells = [f"`{name}`", f"{found['parameters']:,}", f"{found['rate']:g}", *scores]
+        lines.append(f"| {' | '.join([*cells, '' if name == 'convolutional' else over])} |")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
-from benchmarks import front, report, starts, training_memory
+from benchmarks import front, report, segmentation_heads, starts, training_memory
 from benchmarks.published import PUBLISHED, published
 from slora_diffusers import SerialLoraConfig, add_serial_lora, unload_serial_lora
 from slora_diffusers.adapters.lifecycle import AddReport
@@ -143,6 +143,7 @@ REGIONS = {
         "vit-differences": report.vit_differences_table,
         "vit-variations": report.vit_variations_table,
         "vit-costs": report.vit_costs_table,
+        "segmentation-heads": segmentation_heads.heads_table,
     },
     ROOT / "docs" / "choosing.md": {"vit-starts": starts.starts_table},
     ROOT / "README.md": {"front": front_table},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import vit, vit_tasks
+from benchmarks import segmentation_heads, vit, vit_tasks
 from slora_diffusers.errors import SerialLoraError
 from tests.tiny.vision import VISION
 
@@ -89,3 +89,17 @@ def test_segmentation_scores_masks(files, tmp_path):
 def test_mean_iou_is_the_mean_over_classes():
     predicted, truth = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
     assert vit_tasks.mean_iou(predicted, truth) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
+
+
+def test_heads_are_compared_at_the_rate_that_validation_chose():
+    def run(head, rate, seed, validation, test):
+        return {"head": head, "rate": rate, "seed": seed, "parameters": 1, "validation": validation, "test": test}
+
+    runs = [run("convolutional", 1.0, seed, 50 + seed, 40 + seed) for seed in range(3)]
+    runs += [
+        run("upernet", rate, seed, value, value - 10 + seed) for seed in range(3) for rate, value in ((1, 60), (2, 70))
+    ]
+    found = segmentation_heads.summarise(runs)
+    assert (found["upernet"]["rate"], found["upernet"]["test"], found["upernet"]["validation"]) == (2, 61.0, 70.0)
+    assert found["upernet"]["over_convolutional"] == 20.0 and found["upernet"]["over_convolutional_error"] == 0.0
+    assert found["convolutional"]["test_error"] == pytest.approx(1 / 3**0.5)

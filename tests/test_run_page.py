@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import math
 import re
@@ -300,4 +301,4 @@ def test_labels_of_bars_do_not_lie_over_each_other(count, name):
     labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)</text>', text)
     assert labels
     ends = [(float(x) - 3 * len(label), float(x) + 3 * len(label)) for x, label in labels]
-    assert all(end < start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+    assert all(end < start for (_, end), (start, _) in itertools.pairwise(ends))
