@@ -52,8 +52,8 @@ class SerialLoraForSemanticSegmentation(SerialLoraWithHead):
             model_or_id: As for classification.
             num_labels: Number of classes, background included; None if `label_names` are given.
             config: The adapter; None adds none.
-            head: "linear" on the last features; over several layers "convolutional" (`ConvolutionalHead`), or the larger
-                "upernet" (`UPerNet`).
+            head: "linear" on the last features; over several layers "convolutional" (`ConvolutionalHead`) or the
+                larger "upernet" (`UPerNet`).
             layers: Blocks (of hierarchical backbones: stages) that a head over several reads, from 0; by default
                 four, evenly spread.
             width: Channels of a head over several layers.
