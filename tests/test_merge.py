@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import slora_diffusers as sl
 from slora_diffusers.convert.merge import merge_files, scaled_pairs
+from slora_diffusers.files.format import AdapterFile
 from slora_diffusers.files.save import adapter_file
 from tests.adapters import add_random_adapter, output_of
 from tests.tiny.models import TINY
@@ -123,6 +126,23 @@ def test_files_of_different_places_need_their_base():
     states = [adapter_file(model, name) for name in "ab"]
     with pytest.raises(sl.SerialLoraError, match="merge them with their base"):
         merge_files(states, [1.0, 1.0])
+
+
+def test_files_of_other_weights_are_warned_of_and_those_of_another_model_refused():
+    one, other = SD3.build(), SD3.build()
+    for parameter in other.parameters():
+        parameter.data.mul_(1.05)
+    files = []
+    for model in (one, other):
+        add_random_adapter(model, "a")
+        files.append(adapter_file(model, "a"))
+    with pytest.warns(UserWarning, match="trained on different weights, of SD3Transformer2DModel"):
+        merge_files(files, [1.0, 1.0])
+    merge_files([files[0], files[0]], [1.0, 1.0])
+    part = files[1].components["transformer"]
+    elsewhere = replace(part, base=replace(part.base, kind="FluxTransformer2DModel"))
+    with pytest.raises(sl.SerialLoraError, match="different models, SD3Transformer2DModel and FluxTransformer2DModel"):
+        merge_files([files[0], AdapterFile({"transformer": elsewhere})], [1.0, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from ..core.components import adapted, check_known, held_by, names_of, per_compo
 from ..core.names import split_place, tensor_name
 from ..core.state import Weights, check_new_name, check_weights, names_with_weights, registry_of, weight_at
 from ..errors import AdapterFileError, AdapterStateError
+from ..files.fingerprint import same_base
 from ..files.format import AdapterFile, Component, library_version
 from ..files.load import apply_plans, plan_load
 from ..files.save import adapter_file
@@ -93,8 +95,8 @@ def merge_files(
     """Merge adapters as they were read from files, without their base.
 
     Raises:
-        AdapterFileError: If they do not adapt the same places: what their config would choose is then not known
-            without the base.
+        AdapterFileError: If they do not adapt the same places (what their config would choose is then not known
+            without the base), or models of different classes.
     """
     check_rank(rank)
     if len({frozenset((c, key) for c, part in file.components.items() for key in part.pairs()) for file in files}) != 1:
@@ -102,6 +104,8 @@ def merge_files(
             "The adapters sit on different places, which takes the base to sort out: merge them with their base "
             "(merge_serial_lora, or `slora merge --base`)."
         )
+    for other in files[1:]:
+        _check_bases(files[0], other)
     states = list(zip(files, weights, strict=True))
     modules = whole_modules(states)
     sums, error, errors = truncate(weighted_sums(states), rank, track)
@@ -119,6 +123,22 @@ def merge_files(
     named: dict[str, Weights] = {f"{i}": weight for i, weight in enumerate(weights)}
     report = MergeReport(adapter_name="merged", weights=named, pairs=len(parts), **sizes(parts, error, errors))
     return AdapterFile(components, library_version=library_version()), report
+
+
+def _check_bases(one: AdapterFile, other: AdapterFile) -> None:
+    """Raise AdapterFileError for adapters of models of two classes; warn of those of different weights."""
+    for component, part in one.components.items():
+        first, second = part.base, other.components[component].base
+        if first.kind and second.kind and first.kind != second.kind:
+            raise AdapterFileError(
+                f"The adapters are for different models, {first.kind} and {second.kind}. Merge adapters of one base."
+            )
+        if first.fingerprint and second.fingerprint and not same_base(first.fingerprint, second.fingerprint):
+            warnings.warn(
+                f"The adapters were trained on different weights, of {first} and of {second}: their sum was trained on "
+                "neither. It is written as one of the first; look at what it does.",
+                stacklevel=3,
+            )
 
 
 def weighted_sums(states: Sequence[tuple[AdapterFile, Weights]]) -> Products:
