@@ -15,7 +15,16 @@ from ..core.names import CONTAINER, is_of_pair, split_place
 from ..core.offload import follow_group_offload, lifted_offload
 from ..core.parts import SerialLoraPart, ensure_part, follow_parts, parts_of, stop_relaying
 from ..core.sites import Slot, find_slots, unwrap
-from ..core.state import Registry, Weights, adapter_checksum, check_new_name, pairs_of, registry_of, weight_at
+from ..core.state import (
+    Registry,
+    Weights,
+    adapter_checksum,
+    check_new_name,
+    keep_call,
+    pairs_of,
+    registry_of,
+    weight_at,
+)
 from .save_pretrained import SavePretrained
 
 
@@ -122,7 +131,7 @@ def register(model: nn.Module) -> Registry:
 
 def remove_all(model: nn.Module) -> None:
     """Remove every adapter, hook and trace."""
-    model = unwrap(model)
+    model, registry = unwrap(model), registry_of(model)
     detach_all(model)
     for module in [m for m in model.modules() if CONTAINER in m._modules]:
         del module._modules[CONTAINER]
@@ -135,6 +144,8 @@ def remove_all(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(vars(module).get("save_pretrained"), SavePretrained):
             del vars(module)["save_pretrained"]
+    if registry.call.entered:
+        keep_call(model, registry.call)
     del model._serial_lora
 
 

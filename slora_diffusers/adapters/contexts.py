@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..core.batch import samples_of
-from ..core.components import adapted, check_known
+from ..core.calls import Sample
+from ..core.components import adapted, check_known, components_of, has_adapters
 from ..core.entry import watch
 from ..core.gate import set_gate
 from ..core.hooks import check_scale
 from ..core.parts import parts_of
 from ..core.sites import unwrap
-from ..core.state import check_not_fused, registry_of
+from ..core.state import call_of, check_not_fused, registry_of
 from ..errors import AdapterStateError
 
 
@@ -34,7 +35,7 @@ def serial_lora_scale(model: Any, scale: float) -> AbstractContextManager[None]:
         AdapterStateError: If there is no adapter, or they are fused and the scale is not 1.
     """
     models = adapted(model)
-    calls = [registry_of(one).call for one in models.values()]
+    calls = [call_of(one) for one in components_of(model).values()]  # what is loaded inside is scaled, too
     scales = [call.current().scale * check_scale(scale, call) for call in calls]
     return _all(models.values(), [call.changed(scale=s) for call, s in zip(calls, scales, strict=True)])
 
@@ -86,7 +87,19 @@ def serial_lora_batch(
         for part in parts_of(one).values():
             part.owner(held)  # says if the samples need different modules
         states.append(registry.call.changed(samples=held, images=images_per_prompt, rows=None, stacks={}))
-    return _all(models.values(), states)
+    return _all(models.values(), [_whole(models.values(), samples), *states])
+
+
+@contextmanager
+def _whole(models: Iterable[nn.Module], samples: Iterable[Sample]) -> Iterator[None]:
+    """Say at the end of a block if another thread took away what its samples name: without hooks no forward could."""
+    yield
+    left = {name for one in models if has_adapters(one) for name in registry_of(one).configs}
+    if gone := {name for sample in samples for name, _ in sample} - left:
+        raise AdapterStateError(
+            f"The adapters {sorted(gone)} were removed while this serial_lora_batch block named them: what ran since "
+            "is the base's."
+        )
 
 
 @contextmanager

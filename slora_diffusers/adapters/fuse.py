@@ -17,7 +17,17 @@ from ..core.offload import Storage
 from ..core.parts import SerialLoraPart, module_at, parts_of, persistent
 from ..core.processes import is_sharded
 from ..core.sites import Projection, Slot, find_slots, unwrap
-from ..core.state import Fused, Replaced, Weights, check_modules, check_not_fused, pairs_of, registry_of, weight_at
+from ..core.state import (
+    Fused,
+    Replaced,
+    Weights,
+    check_modules,
+    check_not_fused,
+    check_not_inside,
+    pairs_of,
+    registry_of,
+    weight_at,
+)
 from ..core.tensors import checksum, is_finite
 from ..errors import AdapterStateError
 from .attach import attach_all, detach_all
@@ -143,6 +153,7 @@ def _fused(model: nn.Module, names: list[str], scale: float) -> tuple[Fused, lis
     """What a fuse would write, computed and checked, beside the model and not yet in it."""
     registry = registry_of(model)
     check_not_fused(registry, "fuse")
+    check_not_inside(registry, "fuse")
     scale = check_scale(scale, registry.call)
     if rest := sorted(set(registry.active) - set(names)):
         raise AdapterStateError(

@@ -26,6 +26,7 @@ from ..core.state import (
     check_modules,
     check_new_name,
     check_not_fused,
+    check_not_inside,
     check_reserved,
     check_room,
     check_trains,
@@ -152,6 +153,7 @@ def delete_serial_lora(model: Any, adapter_names: str | Sequence[str]) -> None:
     models = {component: one for component, one in models.items() if held_by(one, names)}
     for one in models.values():
         check_not_fused(registry_of(one), "delete an adapter")
+        check_not_inside(registry_of(one), "delete an adapter", names)
         if set(held_by(one, names)) & set(registry_of(one).active):
             check_reserved(one, "delete an active adapter")
     with ONE_VERB, changing(*models.values()):
@@ -210,6 +212,8 @@ def unload_serial_lora(model: Any) -> None:
         model: A model, with adapters or without; or a pipeline, over its components.
     """
     models = adapted(model, required=False)
+    for one in models.values():
+        check_not_inside(registry_of(one), "unload adapters", registry_of(one).configs)
     with ONE_VERB, changing(*models.values()):
         for one in models.values():
             if (fused := registry_of(one).fused) is not None:

@@ -8,7 +8,7 @@ them (attention backends). The processors stay the user's own; whichever is ther
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterStateError
 from .batch import batch_size, rows_of
-from .calls import CallState
+from .calls import Call, CallState
 from .gate import open_gate
 from .layer import SerialLoraPair
 from .marks import mark, marks_of, unmark
@@ -111,6 +111,7 @@ class Watched(Protocol):
     """What the hooks of the whole model read of its registry."""
 
     call: CallState
+    configs: dict[str, Any]
     capacity: tuple[int, int] | None
     followed: list[Followed]
 
@@ -136,6 +137,7 @@ class ModelCall:
             for followed in self.registry.followed:
                 followed.follow()
         call, changes = self.call.current(), {}
+        check_block(call, self.call, self.registry.configs)
         for name in SCALE_ARGUMENTS:
             given = kwargs.get(name)
             if given and "scale" in given:
@@ -181,6 +183,20 @@ def check_scale(scale: Any, call: CallState) -> float:
             "first, or fuse again with fuse_serial_lora(scale=...)."
         )
     return float(scale)
+
+
+def check_block(call: Call, state: CallState, names: Collection[str]) -> None:
+    """Raise AdapterStateError if the block that is open asks for what the model, changed inside it, no longer has."""
+    if state.fused and (call.scale != 1 or call.samples is not None):
+        raise AdapterStateError(
+            "The adapters were fused while a block was open that scales them, or chooses them per sample: fused "
+            "weights do neither. Leave the block, or call unfuse_serial_lora() first."
+        )
+    if gone := {name for sample in call.samples or () for name, _ in sample if name not in names}:
+        raise AdapterStateError(
+            f"The adapters {sorted(gone)} were removed while a serial_lora_batch block was open that names them. Load "
+            "them again, or leave the block."
+        )
 
 
 def attach(module: nn.Module, reads: Mapping[str, SerialLoraPair]) -> SerialLoraAttnProcessor:

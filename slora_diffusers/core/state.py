@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -70,6 +71,22 @@ class Registry:
     followed: list[Followed] = field(default_factory=list)  # hooks on modules that others may replace
 
 
+_CALLS: weakref.WeakKeyDictionary[nn.Module, CallState] = weakref.WeakKeyDictionary()
+"""Blocks that are open on models without adapters; they hold for those that come."""
+
+
+def call_of(model: nn.Module) -> CallState:
+    """The calls in progress on a model, whether or not it has adapters now."""
+    registry = getattr(unwrap(model), "_serial_lora", None)
+    return registry.call if registry is not None else _CALLS.setdefault(unwrap(model), CallState())
+
+
+def keep_call(model: nn.Module, call: CallState) -> None:
+    """Have the blocks that are open on a model hold for adapters that come after it has lost all."""
+    call.fused = False
+    _CALLS[model] = call
+
+
 def registry_of(model: nn.Module, create: bool = False) -> Registry:
     """The model's record of its adapters.
 
@@ -78,8 +95,9 @@ def registry_of(model: nn.Module, create: bool = False) -> Registry:
     """
     model = unwrap(model)
     registry = getattr(model, "_serial_lora", None)
-    if registry is None and create:
-        registry = Registry()  # written on the model with its first pair, once everything has been checked
+    if registry is None and create:  # written on the model with its first pair, once everything has been checked
+        call = _CALLS.get(model)
+        registry = Registry(call) if call is not None and call.entered else Registry()
     if registry is None:
         raise AdapterStateError(
             f"{type(model).__name__} has no Serial LoRA adapter. Add one with add_serial_lora() or load_serial_lora()."
@@ -215,6 +233,23 @@ def check_not_fused(registry: Registry, what: str) -> None:
         raise AdapterStateError(
             f"Cannot {what} while {sorted(registry.fused.weights)} are fused into the weights: adapters add to the "
             "base, not to each other. Call unfuse_serial_lora() first."
+        )
+
+
+def check_not_inside(registry: Registry, what: str, names: Iterable[str] | None = None) -> None:
+    """Raise AdapterStateError inside a block of this thread that a change would make wrong in silence.
+
+    Args:
+        registry: Of the model.
+        what: What would be done: "Cannot {what}".
+        names: Adapters that would go away, which no batch may name; None: none may be scaled either.
+    """
+    call = registry.call.current()
+    named = {name for sample in call.samples or () for name, _ in sample}
+    if named & set(names) if names is not None else call.scale != 1 or call.samples is not None:
+        raise AdapterStateError(
+            f"Cannot {what} inside serial_lora_scale(), disable_serial_lora() or serial_lora_batch(), which choose "
+            "adapters for the calls inside. Leave the block first."
         )
 
 

@@ -27,7 +27,7 @@ from ..core.components import (
     per_component,
     the_adapter,
 )
-from ..core.state import check_modules, check_new_name, check_not_fused, registry_of
+from ..core.state import check_modules, check_new_name, check_not_fused, check_not_inside, registry_of
 from ..errors import AdapterFileError, AdapterStateError
 from .format import AdapterFile, Component
 from .plan import Plan, no_component, plan_load
@@ -150,6 +150,7 @@ def _left_by(models: Mapping[str, nn.Module], parts: Mapping[str, Component], na
     left = [one for c, one in models.items() if c not in parts and has_adapters(one) and held_by(one, [name])]
     for one in left:
         check_not_fused(registry_of(one), "replace an adapter")
+        check_not_inside(registry_of(one), "replace an adapter", [name])
     return left
 
 

@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from accelerate.hooks import remove_hook_from_module
-from diffusers.hooks import HookRegistry
-from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.hooks import HookRegistry, apply_group_offloading
 from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from peft import LoraConfig
+from torch import nn
 
 from slora_diffusers import serial_lora_status
-from tests.walks.adapters import BASE
-from tests.walks.machine import PLACES, TOLERANCE, Walk
+from tests.test_placement import device_map, group_blocks, group_leaves, sequential, whole
+from tests.walks.machine import FOLDER, TOLERANCE
+from tests.walks.results import Results
 
-TARGETS = ("to_q", "to_v", "to_out.0", "ff.net.0.proj", "add_k_proj")
+
+def group_disk(model: nn.Module) -> None:
+    """Groups of weights on the disk, from where every forward reads them."""
+    folder = tempfile.mkdtemp(dir=FOLDER.name)
+    device = torch.device("cpu")
+    apply_group_offloading(model, device, offload_type="leaf_level", offload_to_disk_path=folder)
 
 
-class WalkAmongOthers(Walk):
+PLACES: dict[str, Callable[[nn.Module], None]] = {
+    "sequential": sequential,
+    "whole": whole,
+    "device_map": device_map,
+    "group_blocks": group_blocks,
+    "group_leaves": group_leaves,
+    "group_disk": group_disk,
+}
+
+
+class WalkAmongOthers(Results):
     """A walk in which the model has other users."""
 
     @precondition(lambda self: self.place == "plain")
@@ -65,7 +83,7 @@ class WalkAmongOthers(Walk):
     @precondition(lambda self: not self.qkv)
     @rule()
     def set_processors(self) -> None:
-        self.model.set_attn_processor(JointAttnProcessor2_0())  # pyright: ignore[reportCallIssue]
+        self.model.set_attn_processor(self.ground.processor())  # pyright: ignore[reportCallIssue]
         self.settle(self.truth)
 
     @precondition(lambda self: self.place == "plain" and not self.lora)
@@ -79,8 +97,11 @@ class WalkAmongOthers(Walk):
         self.settle(self.truth)
 
     @precondition(lambda self: self.place == "plain" and not self.lora and not self.qkv)
-    @rule(seed=st.integers(0, 3), linears=st.lists(st.sampled_from(TARGETS), min_size=1, max_size=3, unique=True))
-    def load_peft(self, seed: int, linears: list[str]) -> None:
+    @precondition(lambda self: hasattr(self.model, "add_adapter"))  # PixArt's has none
+    @rule(seed=st.integers(0, 3), draw=st.integers(1, 63))
+    def load_peft(self, seed: int, draw: int) -> None:
+        linears = [name for i, name in enumerate(self.ground.linears) if draw >> i & 1]
+        assume(linears)
         config = LoraConfig(r=2, lora_alpha=4, target_modules=linears)
         self.model.add_adapter(config, "peft")  # pyright: ignore[reportCallIssue]
         generator = torch.Generator().manual_seed(seed)
@@ -118,7 +139,7 @@ class WalkAmongOthers(Walk):
     @precondition(lambda self: self.place == "plain" and not self.lora and not self.qkv)
     @rule(seed=st.integers(1, 3))
     def load_a_checkpoint(self, seed: int) -> None:
-        other = BASE.build(seed)
+        other = self.ground.tiny.build(seed)
         self.model.load_state_dict(other.state_dict(), strict=False)
         net = other.to(self.dtype).double()
         base = {name: tensor.detach().clone() for name, tensor in (*net.named_parameters(), *net.named_buffers())}
@@ -143,4 +164,5 @@ class WalkCompiled(WalkAmongOthers):
     @rule()
     def compile(self) -> None:
         self.model.compile(backend="eager")
+        self.compiled = True
         self.settle(self.truth)
