@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.calls import ONE_VERB
+from ..core.calls import ONE_VERB, alone
 from ..core.change import Change, changing
 from ..core.components import adapted, check_known, held_by, names_of
 from ..core.hooks import check_scale
@@ -40,6 +40,7 @@ _QKV_COPIES = {
 }
 
 
+@alone
 @torch.no_grad()
 def fuse_serial_lora(model: Any, adapter_names: str | Sequence[str] | None = None, scale: float = 1.0) -> None:
     """Merge the active adapters into the projections: `W' = W (I + scale sum_i w_i s_i B_i A_i)`, biases unchanged.
@@ -76,6 +77,7 @@ def fuse_serial_lora(model: Any, adapter_names: str | Sequence[str] | None = Non
             _replace(change, one, *fused[component])
 
 
+@alone
 @torch.no_grad()
 def unfuse_serial_lora(model: Any) -> None:
     """Put the original weights back, to the bit, and the adapters live again as they were before the fuse.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.calls import ONE_VERB
+from ..core.calls import ONE_VERB, alone
 from ..core.change import changing
 from ..core.components import adapted, check_known, components_of, held_by, is_pipeline
 from ..core.offload import Storage
@@ -59,6 +59,7 @@ class InitializeReport:
         )
 
 
+@alone
 def initialize_serial_lora(
     model: Any, backward: Callable[[], object], adapter_name: str = "default", passes: int = 2
 ) -> InitializeReport:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import SerialLoraConfig
-from ..core.calls import ONE_VERB
+from ..core.calls import ONE_VERB, alone
 from ..core.change import changing
 from ..core.components import adapted, check_known, denoisers_of, for_each, held_by, per_component
 from ..core.offload import Storage
@@ -70,6 +70,7 @@ class AddReport:
         )
 
 
+@alone
 def add_serial_lora(model: Any, config: SerialLoraConfig, adapter_name: str = "default") -> Any:
     """Freeze the base and add one trainable pair per input, `x~ = (I + s B A) x`, active from now on.
 
@@ -109,6 +110,7 @@ def add_serial_lora(model: Any, config: SerialLoraConfig, adapter_name: str = "d
     return for_each(model, reports)
 
 
+@alone
 def set_serial_lora(
     model: Any, adapter_names: str | Sequence[str], weights: Weights | Sequence[Weights] | None = None
 ) -> None:
@@ -137,6 +139,7 @@ def set_serial_lora(
             activate(one, each[component])
 
 
+@alone
 def delete_serial_lora(model: Any, adapter_names: str | Sequence[str]) -> None:
     """Remove adapters and free their memory; the last one takes its hooks along.
 
@@ -161,6 +164,7 @@ def delete_serial_lora(model: Any, adapter_names: str | Sequence[str]) -> None:
             remove_adapters(one, held_by(one, names))
 
 
+@alone
 def move_serial_lora(model: Any, adapter_names: str | Sequence[str], device: torch.device | str) -> None:
     """Move idle adapters to another device, such as the CPU; made active there, they are copied at every change.
 
@@ -202,6 +206,7 @@ def _fused_in(registry: Registry) -> Sequence[str]:
     return list(registry.fused.weights) if registry.fused is not None else ()
 
 
+@alone
 def unload_serial_lora(model: Any) -> None:
     """Remove every adapter, hook and trace; the model, or every component of the pipeline, is the base again.
 
@@ -222,6 +227,7 @@ def unload_serial_lora(model: Any) -> None:
             remove_all(one)
 
 
+@alone
 def reserve_serial_lora(
     model: Any,
     capacity: tuple[int, int],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.fuse import base_weights
+from ..core.calls import ONE_VERB
+from ..core.change import reading
 from ..core.components import adapted, components_of, free_name, is_pipeline
 from ..core.sites import Slot, find_slots
 from ..core.state import check_new_name, registry_of
@@ -135,15 +138,19 @@ def compress_lora(
     work = _work_of(lora, models, inputs)
     if keep_rest is None:
         _check_understood(lora, lora_source, models)
-    name = _new_name(adapter_name, model, [models[component] for component, _ in work])
-    pairs, sites = _compress_all(track(work, f"Compressing to rank {rank}"), models, lora, rank, ridge)
-    plans = [plan_load(models[c], as_adapter(models[c], found), name) for c, found in pairs.items()]
+    adapting = [models[component] for component, _ in work]
+    _new_name(adapter_name, model, adapting)  # said before the minutes that it takes
+    with reading(*models.values()):
+        pairs, sites = _compress_all(track(work, f"Compressing to rank {rank}"), models, lora, rank, ridge)
     rest = _rest_of(lora, work)
-    files = [] if keep_rest is None else _write_rest(rest, lora, Path(keep_rest), models, pipeline)
-    if plot is not None:
-        plot_errors(sites, rank, Path(plot))
-    report = _report(name, sites, lora, rest, files, sum(plan.report.parameters for plan in plans))
-    apply_plans(plans, weight=1.0)  # last, when nothing else can fail
+    with ONE_VERB, nullcontext():
+        name = _new_name(adapter_name, model, adapting)
+        plans = [plan_load(models[c], as_adapter(models[c], found), name) for c, found in pairs.items()]
+        files = [] if keep_rest is None else _write_rest(rest, lora, Path(keep_rest), models, pipeline)
+        if plot is not None:
+            plot_errors(sites, rank, Path(plot))
+        report = _report(name, sites, lora, rest, files, sum(plan.report.parameters for plan in plans))
+        apply_plans(plans, weight=1.0)  # last, when nothing else can fail
     return report
 
 

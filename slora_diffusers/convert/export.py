@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..adapters.fuse import base_weights
+from ..core.change import reading
 from ..core.components import adapted, is_pipeline, per_component
 from ..core.layer import SerialLoraPair
 from ..core.offload import Storage
@@ -103,7 +104,8 @@ def export_lora(
     target = Target(models, pipeline, _origin(models, chosen))
     check_format(format, target)
     _warn_of_no_loader(format, target)
-    lora: Products = {c: equivalent_lora(model, chosen[c], format, track) for c, model in models.items()}
+    with reading(*models.values()):
+        lora: Products = {c: equivalent_lora(model, chosen[c], format, track) for c, model in models.items()}
     lora = as_kohya(lora, target) if format == "kohya" else lora
     lora, error, errors = truncate(lora, rank, track, ROUNDING.get(dtype or torch.float32, 1e-6))
     lora = _storable(lora, dtype)

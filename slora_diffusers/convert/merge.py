@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..core.calls import ONE_VERB, alone
 from ..core.components import adapted, check_known, held_by, names_of, per_component
 from ..core.names import split_place, tensor_name
 from ..core.state import Weights, check_new_name, check_weights, names_with_weights, registry_of, weight_at
@@ -71,6 +73,21 @@ def merge_serial_lora(
     if not chosen:
         raise AdapterStateError(f"names must be some of {sorted(names_of(models))}; got none.")
     check_known(models, chosen)
+    sums, modules = _summed(models, chosen, new_name)
+    sums, error, errors = truncate(sums, rank, track)
+    made = {c: with_modules(as_adapter(models[c], pairs), modules[c]) for c, pairs in sums.items()}
+    with ONE_VERB, nullcontext():
+        plans = [plan_load(models[c], part, new_name) for c, part in made.items()]
+        apply_plans(plans, weight=None)  # beside those that it sums, it would count twice
+    parts = [LowRank(A, B) for plan in plans for _, A, B in plan.matrices]
+    return MergeReport(adapter_name=new_name, weights=chosen, pairs=len(parts), **sizes(parts, error, errors))
+
+
+@alone
+def _summed(
+    models: Mapping[str, nn.Module], chosen: Mapping[str, Weights], new_name: str
+) -> tuple[Products, dict[str, dict[str, Tensor]]]:
+    """The sum of the adapters' pairs in every model, and the modules that they bring whole."""
     sums: Products = {}
     modules: dict[str, dict[str, Tensor]] = {}
     for component, one in models.items():
@@ -81,12 +98,7 @@ def merge_serial_lora(
         if states:
             sums |= weighted_sums(states)
             modules |= whole_modules(states)
-    sums, error, errors = truncate(sums, rank, track)
-    made = {c: with_modules(as_adapter(models[c], pairs), modules[c]) for c, pairs in sums.items()}
-    plans = [plan_load(models[c], part, new_name) for c, part in made.items()]
-    apply_plans(plans, weight=None)  # beside those that it sums, it would count twice
-    parts = [LowRank(A, B) for plan in plans for _, A, B in plan.matrices]
-    return MergeReport(adapter_name=new_name, weights=chosen, pairs=len(parts), **sizes(parts, error, errors))
+    return sums, modules
 
 
 def merge_files(

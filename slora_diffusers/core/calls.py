@@ -6,20 +6,22 @@ seen by another thread, and changes nothing in the model.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 Sample = tuple[tuple[str, float | None], ...]
 """The adapters of one sample and their weights, None for the weight that is set; an empty one is the base."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """The state of one call.
 
@@ -51,9 +53,11 @@ class CallState:
     def __init__(self) -> None:
         self._current: ContextVar[Call] = ContextVar("serial_lora_call", default=NEUTRAL)
         self._lock = threading.Lock()
+        self._open: set[Call] = set()
         self.entered = 0  # how many states are open, in any thread
         self.fused = False  # whether the adapters are merged into the weights, where no call can scale them
         self.turn = Turn()
+        self.changes = 0  # how often a verb began or ended to change the model
         self.batch: int | None = None  # of the forward in progress, for what is compiled with reserved capacity
         self.written: Any = None  # what the reserved operands hold; None: not known
 
@@ -67,29 +71,43 @@ class CallState:
 
     def push(self, **changes: Any) -> Call:
         """Open a state: the current one with some fields replaced. `pop` closes it; `changed` does both."""
-        outer = self._current.get()
-        call = replace(outer, **{"outer": outer, "forward": False, **changes})
-        self._current.set(call)
-        self._count(1)
-        return call
+        return self._enter(self._next(changes))
 
     def pop(self, call: Call) -> None:
-        """Close the state that `push` opened, and all that were left open inside it."""
-        self._count(-1)
-        self._current.set(call.outer or NEUTRAL)
+        """Close the state that `push` opened, and all that were left open inside it, where they hold."""
+        inside = now = self._current.get()
+        while now is not None and now is not call:
+            now = now.outer
+        if now is call:  # if not, this is another thread, which an interrupt has left it to
+            self._current.set(call.outer or NEUTRAL)
+        while inside is not None and now is call and inside is not call:
+            self._count(inside, False)
+            inside = inside.outer
+        self._count(call, False)
 
     @contextmanager
     def changed(self, **changes: Any) -> Iterator[None]:
         """The current state with some fields replaced, inside a `with` block."""
-        call = self.push(**changes)
-        try:
+        call = self._next(changes)
+        try:  # an interrupt while the state is opened finds it here
+            self._enter(call)
             yield
         finally:
             self.pop(call)
 
-    def _count(self, by: int) -> None:
+    def _next(self, changes: dict[str, Any]) -> Call:
+        outer = self._current.get()
+        return replace(outer, **{"outer": outer, "forward": False, **changes})
+
+    def _enter(self, call: Call) -> Call:
+        self._current.set(call)
+        self._count(call, True)
+        return call
+
+    def _count(self, call: Call, is_open: bool) -> None:
         with self._lock:
-            self.entered += by
+            (self._open.add if is_open else self._open.discard)(call)
+            self.entered = len(self._open)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallState:
         copy = memo[id(self)] = CallState()
@@ -109,6 +127,17 @@ ONE_VERB = threading.RLock()
 
 WAITING: set[int] = set()
 """Threads whose forward waits for a verb, of whatever model: the verb need not wait for them in turn."""
+
+
+def alone(verb: Verb) -> Verb:
+    """A verb for which those of other threads wait from its first check on: what it has checked is what it changes."""
+
+    @functools.wraps(verb)
+    def after_others(*args: Any, **kwargs: Any) -> Any:
+        with ONE_VERB, nullcontext():  # the second, so that a debugger's exception at the end frees the first
+            return verb(*args, **kwargs)
+
+    return after_others  # pyright: ignore[reportReturnType]
 
 
 def between_verbs(call: Callable[[], object] = lambda: None) -> None:

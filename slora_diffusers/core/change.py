@@ -15,14 +15,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import AdapterStateError
-from .calls import WAITING, Turn
+from .calls import ONE_VERB, WAITING, Turn
 from .entry import watch
 from .layer import SerialLoraPair
 from .marks import PART
@@ -49,7 +49,8 @@ class Change:
     def undo(self) -> None:
         """Put back what was named."""
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()  # forgotten once it is done: an interrupt may make it begin again
+            del self._undo[-1]
 
 
 @contextmanager
@@ -70,6 +71,7 @@ def changing(*models: nn.Module) -> Iterator[Change]:
     try:
         for turn in turns:
             turn.changed_by = threading.get_ident()
+        _count(roots)
         # What has no adapter yet has no hook at which its forwards would wait.
         bare = [(root, turn) for root, turn in zip(roots, turns, strict=True) if _registry(root) is None]
         gates = [root.register_forward_pre_hook(_Gate(turn)) for root, turn in bare]
@@ -81,13 +83,50 @@ def changing(*models: nn.Module) -> Iterator[Change]:
         raise
     except BaseException:
         with _interrupts_later():
-            for snapshot in snapshots:
-                snapshot.restore()
-            change.undo()
+            _put_back(snapshots, change)
         raise
     finally:
         for turn in turns:
             turn.changed_by = None
+        _count(roots)
+
+
+@contextmanager
+def reading(*models: nn.Module) -> Iterator[None]:
+    """Read adapters and weights at length, while verbs of other threads need not wait.
+
+    Raises:
+        AdapterStateError: At the end, if one of them has changed the models meanwhile.
+    """
+    roots = [unwrap(model) for model in models]
+    with ONE_VERB, nullcontext():  # after a change that is in progress
+        before = [(_registry(root), _changes(root)) for root in roots]
+    yield
+    if before != [(_registry(root), _changes(root)) for root in roots]:
+        raise AdapterStateError("Another thread changed the model's adapters while they were read: do it again.")
+
+
+def _put_back(snapshots: list[Snapshot], change: Change) -> None:
+    """Put everything back, and once more if an exception that was sent to this thread broke into it."""
+    for attempt in range(3):
+        try:
+            for snapshot in snapshots:
+                snapshot.restore()
+            change.undo()
+            return
+        except BaseException:
+            if attempt == 2:
+                raise
+
+
+def _count(models: list[nn.Module]) -> None:
+    for model in models:
+        if (registry := _registry(model)) is not None:
+            registry.call.changes += 1
+
+
+def _changes(model: nn.Module) -> int:
+    return getattr(getattr(_registry(model), "call", None), "changes", 0)
 
 
 def pass_gate(model: nn.Module, turn: Turn) -> Turn:

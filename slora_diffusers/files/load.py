@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,14 +90,16 @@ def load_serial_lora(
         check_new_name(registry_of(model, create=True), name)
     file = AdapterFile.read(source, **hub)
     parts = _parts_for(model, models, file, strict, component)
-    plans = {
-        c: plan_load(models[c], part, name, strict, config, component=c, hotswap=hotswap, trainable=is_trainable)
-        for c, part in parts.items()
-    }
-    left = _left_by(models, parts, name) if hotswap and component is None else []
     if component is None:
         file.warn_of_rest([key for key, part in file.components.items() if any(part is one for one in parts.values())])
-    apply_plans(list(plans.values()), [weights[c] if activate else None for c in plans], left)
+    with ONE_VERB, nullcontext():
+        name = _name_for(adapted(model, required=False), adapter_name, hotswap)
+        plans = {
+            c: plan_load(models[c], part, name, strict, config, component=c, hotswap=hotswap, trainable=is_trainable)
+            for c, part in parts.items()
+        }
+        left = _left_by(models, parts, name) if hotswap and component is None else []
+        apply_plans(list(plans.values()), [weights[c] if activate else None for c in plans], left)
     return for_each(model, {component: plan.report for component, plan in plans.items()})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.calls import alone
 from ..core.components import adapted, check_known, held_by, the_adapter
 from ..core.names import matrix_name, tensor_name
 from ..core.offload import Storage
@@ -36,6 +37,7 @@ def serial_lora_state_dict(model: Any, adapter_name: str | None = None, componen
     return adapter_file(model, adapter_name, component).state_dict()
 
 
+@alone
 def adapter_file(model: Any, adapter_name: str | None = None, component: str | None = None) -> AdapterFile:
     """The same, typed."""
     models = adapted(model)
