@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from ..adapters.lifecycle import add_serial_lora
 from ..core.pair import GRADIENT
+from ..core.parts import find_modules
 from ..errors import SerialLoraError
 from .init_from import start_of
 from .methods import ADAPTERS
@@ -109,5 +111,8 @@ def check_sites(model_class: Any, options: BaseOptions) -> None:
     if (given := config.get("_class_name", model_class.__name__)) != model_class.__name__:
         raise SerialLoraError(f"{path} has a {given}; this recipe trains a {model_class.__name__}.")
     if options.adapter == "serial":
+        start, _ = start_of(options, "transformer")
         with torch.device("meta"):
-            add_serial_lora(model_class.from_config(config), start_of(options, "transformer")[0])
+            model = model_class.from_config(config)
+            find_modules(model, start.modules_to_save or ())  # without weights there is nothing to copy
+            add_serial_lora(model, replace(start, modules_to_save=None))
