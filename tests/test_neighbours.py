@@ -166,3 +166,46 @@ def test_a_missing_linear_is_an_error_not_a_dropped_adapter():
     del model.transformer_blocks[0].ff.net[0].proj
     with pytest.raises(sl.SerialLoraError, match=r"'net.0.proj' any more"):
         run(model)
+
+
+class Outer(nn.Module):
+    """A model around another one."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **arguments):
+        return self.inner(**arguments)
+
+
+@pytest.mark.parametrize("first", ["inner", "outer"])
+@pytest.mark.parametrize("verb", ["add", "load", "reserve", "compress"])
+def test_a_model_and_one_around_it_do_not_both_take_adapters(first, verb):
+    """Each would count the other's pairs as its own, and unload them."""
+    tiny = TINY["DiTTransformer2DModel"]
+    model, fresh = tiny.build(), tiny.build()
+    outer = Outer(model)
+    one, other = (model, outer) if first == "inner" else (outer, model)
+    add_random_adapter(fresh)
+    state = sl.serial_lora_state_dict(fresh)
+    add_random_adapter(one, "a")
+    before = output_of(model, tiny)
+    lora = {"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1, 16),
+            "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight": torch.ones(16, 1)}  # fmt: skip
+    verbs = {
+        "add": lambda: sl.add_serial_lora(other, sl.SerialLoraConfig(rank=2), "b"),
+        "load": lambda: sl.load_serial_lora(other, state, "b"),
+        "reserve": lambda: sl.reserve_serial_lora(other, (4, 2)),
+        "compress": lambda: sl.compress_lora(other, lora, 1, adapter_name="b"),
+    }
+    with pytest.raises(sl.SerialLoraError):
+        verbs[verb]()
+    assert torch.equal(output_of(model, tiny), before) and sl.serial_lora_status(one).active == ["a"]
+    assert not sl.serial_lora_status(other).adapters
+    sl.unload_serial_lora(other)  # nothing of its own
+    assert torch.equal(output_of(model, tiny), before)
+    with pytest.raises(
+        sl.SerialLoraError, match="has adapters of its own" if first == "inner" else "is part of a model"
+    ):
+        verbs["add"]()

@@ -95,7 +95,9 @@ def registry_of(model: nn.Module, create: bool = False) -> Registry:
     """
     model = unwrap(model)
     registry = getattr(model, "_serial_lora", None)
-    if registry is None and create:  # written on the model with its first pair, once everything has been checked
+    if registry is None and create:
+        _check_no_other(model)
+        # Written on the model with its first pair, once everything has been checked.
         call = _CALLS.get(model)
         registry = Registry(call) if call is not None and call.entered else Registry()
     if registry is None:
@@ -103,6 +105,22 @@ def registry_of(model: nn.Module, create: bool = False) -> Registry:
             f"{type(model).__name__} has no Serial LoRA adapter. Add one with add_serial_lora() or load_serial_lora()."
         )
     return registry
+
+
+def _check_no_other(model: nn.Module) -> None:
+    """Raise AdapterStateError if a model within this one, or one that this is part of, has adapters of its own."""
+    kind = type(model).__name__
+    for name, module in model.named_modules():
+        if "_serial_lora" in vars(module):
+            raise AdapterStateError(
+                f"{name!r} of {kind} has adapters of its own, and both would claim the same pairs: give the verbs that "
+                "model, or call unload_serial_lora() on it first."
+            )
+        if isinstance(module, SerialLoraPair):
+            raise AdapterStateError(
+                f"{kind} is part of a model that has adapters, at {name!r} among others: give the verbs that whole "
+                "model, or call unload_serial_lora() on it first."
+            )
 
 
 def pairs_of(model: nn.Module) -> dict[str, SerialLoraPair]:
