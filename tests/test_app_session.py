@@ -125,6 +125,14 @@ def test_the_empty_look_is_the_base(folder):
     assert np.array_equal(pixels(versus.live), stock(folder, {})) and versus.effect == versus.apart == 0
 
 
+def test_a_request_to_stop_counts_also_before_the_first_step_and_once(session):
+    request, look = session.request("2", 0, STEPS), Look({"style": 1.0})
+    session.stop.set()
+    with pytest.raises(Stopped):
+        session.versus(request, look)
+    assert session.versus(request, look).effect > 0
+
+
 @pytest.mark.parametrize("stage", [1, 3, 5])
 def test_stopping_ends_the_drawing_and_leaves_the_pipeline_as_it_was(session, folder, stage):
     before, request = state(session), session.request("2", 0, STEPS)

@@ -268,8 +268,12 @@ def _tabs(desk: Desk, controls: list[Any], weights: gr.State) -> None:
                    progress: Any = gr.Progress()) -> Any:  # noqa: B008  # fmt: skip
         return desk.grid(rows, factors, subjects, seeds, *look(values), progress)
 
-    draw.click(draw_all, controls, [*shown, said])
-    make.click(draw_sheet, [rows, factors, subjects, seeds, *controls], sheet)
+    def begin(button: gr.Button) -> Any:
+        """A press of Cancel before this one is void; one after it counts, also while the drawing still waits."""
+        return button.click(lambda: desk.session.stop.clear(), queue=False)
+
+    begin(draw).then(draw_all, controls, [*shown, said])
+    begin(make).then(draw_sheet, [rows, factors, subjects, seeds, *controls], sheet)
     for button in (cancel, cancel_grid):
         button.click(lambda: desk.session.stop.set(), queue=False)
     inspect.click(plainly(desk.plots), adapter, plots)

@@ -225,9 +225,8 @@ class Session:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One thing at a time; a request to stop that came before is void."""
+        """One thing at a time."""
         with self._busy:
-            self.stop.clear()
             yield
 
     def _activate(self, look: Look) -> None:
@@ -297,6 +296,7 @@ class Session:
     def _picture(self, request: Request, on_step: OnStep | None) -> Image.Image:
         def watch(done: int, steps: int) -> None:
             if self.stop.is_set():
+                self.stop.clear()
                 raise Stopped("Stopped.")
             if on_step is not None:
                 on_step(done, steps)
