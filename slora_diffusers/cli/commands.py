@@ -191,7 +191,7 @@ def compress(
     from ..files.save import save_serial_lora
     from .bases import load_base
 
-    sort_lora(open_lora(lora, weight_name)[0], lora)  # what is no LoRA needs no base
+    sort_lora(open_lora(lora, weight_name)[0], lora)  # what is not a LoRA needs no base
     model = load_base(base)
     report = compress_lora(
         model, lora, rank, inputs=input, keep_rest=rest, plot=plot, weight_name=weight_name, track=track

@@ -40,7 +40,7 @@ def samples_of(entries: Iterable[Any]) -> tuple[Sample, ...]:
         entries: For each sample a name, (name, weight), {name: weight}, several of these, or None for the base.
 
     Raises:
-        AdapterStateError: If it is no such list, is empty, or a weight is not a finite number.
+        AdapterStateError: If it is not such a list, is empty, or a weight is not a finite number.
     """
     if isinstance(entries, str | Mapping) or not isinstance(entries, Iterable):
         raise AdapterStateError(f"serial_lora_batch takes a list with one adapter name per sample; got {entries!r}.")

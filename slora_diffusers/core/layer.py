@@ -61,7 +61,7 @@ class SerialLoraPair(nn.Module):
         self.gains = {name: w * self.scaling[name] for name, w in self.weights.items() if w * self.scaling[name]}
         self._merged = None
         if self.reserved is not None:
-            self.reserved.placed.clear()  # copied anew, whatever was written to the matrices
+            self.reserved.placed.clear()  # copied again, whatever was written to the matrices
             self.fill_reserved(self.call.current())
 
     def forward(self, x: Tensor) -> Tensor:

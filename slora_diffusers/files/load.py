@@ -71,7 +71,7 @@ def load_serial_lora(
             such as "transformer_2"; of a model, which part of the file to take.
         activate: Whether it becomes active; if not, `set_serial_lora` makes it so later.
         hotswap: Whether it takes the place of the adapter of that name, all or nothing; with reserved capacity no
-            graph is compiled anew.
+            graph is compiled again.
         is_trainable: Whether to go on training it: A and B in fp32, asking for gradients, and the base frozen.
         **hub: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 

@@ -56,7 +56,7 @@ def encode_text(pipe: Any, text: str, length: int) -> dict[str, Tensor]:
 def encode_clip(
     pipe: Any, encoders: Sequence[nn.Module], texts: Sequence[str], known: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """`known`, with the part of the CLIP encoders computed anew, so that gradients reach them."""
+    """`known`, with the part of the CLIP encoders computed again, so that gradients reach them."""
     hidden, pooled = [], []
     for tokenizer, encoder in zip((pipe.tokenizer, pipe.tokenizer_2), encoders, strict=True):
         length = pipe.tokenizer_max_length

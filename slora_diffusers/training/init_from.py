@@ -42,7 +42,7 @@ def start_of(options: AdapterOptions, component: str) -> tuple[SerialLoraConfig,
         have = ", ".join(file.components) or "no component"
         if part is None and component in ("transformer", "model"):
             raise SerialLoraError(f"--init_from {options.init_from} has nothing for {component}; it has {have}.")
-        logger.warning("--init_from %s has %s: %s starts anew", options.init_from, have, component)
+        logger.warning("--init_from %s has %s: %s starts from scratch", options.init_from, have, component)
         return ours, None
     usual = type(options)().config()
     for name in (f.name for f in fields(SerialLoraConfig) if f.name not in _OF_TRAINING):

@@ -107,7 +107,7 @@ class ImageOptions:
     """The images."""
 
     resolution: int | None = option(None, "Side of the images in pixels; the model's own by default.", within=COUNT)
-    random_flip: bool = option(False, "Mirror half of the images, anew each epoch.")
+    random_flip: bool = option(False, "Mirror half of the images, chosen again each epoch.")
     dataloader_num_workers: int = option(0, "Processes that read images ahead.", within="[0, 1024]", resume=FREE)
 
 
@@ -127,7 +127,7 @@ class LatentOptions(ImageOptions):
     """Images and their latents."""
 
     aspect_ratio_buckets: str | None = option(None, "auto, or 'height,width;...': shapes other than the square.")
-    center_crop: bool = option(True, "Cut images from the centre; without, at a random place, anew each epoch.")
+    center_crop: bool = option(True, "Cut images from the centre; without, at a random place, another one each epoch.")
     cache_latents: bool = option(False, "Encode the images once, before training.")
     encodings_dir: str | None = option(
         None, "Folder of encoded images and texts; <output_dir>/cache by default.", resume=FREE

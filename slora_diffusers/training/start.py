@@ -80,7 +80,7 @@ def start_from_gradient(models: Mapping[str, nn.Module], backward: Callable[[], 
     As = [name for name, parameter in named.items() if "lora_A" in name and parameter.requires_grad]
     factors = {name: (named[name], named[name.replace("lora_A", "lora_B")]) for name in As}
     starts, _ = gradient_starts(list(models.values()), factors, backward, PASSES)
-    put_starts(factors, starts, lambda undo: None)  # a run that fails here starts anew
+    put_starts(factors, starts, lambda undo: None)  # a run that fails here starts from scratch
     return [name for name in factors if name not in starts]
 
 

@@ -151,7 +151,7 @@ class Latents:
 
     Args:
         vae: Encodes pixels; frozen.
-        cache: Where moments are kept, or None to encode anew.
+        cache: Where moments are kept, or None to encode each time.
         crop: Cut at random places (without a cache only).
         flip: Mirror half of the draws.
         device: Where latents go.

@@ -63,7 +63,7 @@ def enlarged(items: Sequence[Item], shapes: Sequence[Shape]) -> list[str]:
 
 
 class Rows:
-    """The order of samples: shuffled anew each epoch, every row of one shape, every item in it as often as it says.
+    """The order of samples: shuffled again each epoch, every row of one shape, every item in it as often as it says.
 
     Args:
         shapes: Shape of each item.
