@@ -87,22 +87,20 @@ def imports_table(folder: Path = RESULTS) -> str:
 
 
 def quality_table(folder: Path = RESULTS) -> str:
-    """What the methods make of the demo's held-out letters: means over the training seeds."""
+    """What the methods make of the demo's held-out letters, style by style: means over the training seeds."""
     results = read_results("demo_quality", folder)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for run in results["runs"]:
-        runs.setdefault(run["method"], []).append(run)
-    rows = [("base", "0", "", *_quality([results["base"]]))]
-    rows += [
-        (
-            method,
-            f"{same[0]['trainable_parameters']:,}",
-            f"{same[0]['file_bytes'] / 1024:,.0f} KiB",
-            *_quality([run["quality"] for run in same]),
-        )
-        for method, same in runs.items()
-    ]
-    heading = ("", "Trained", "File", "Denoising loss", "IoU", "IoU, seen letters", "Right letter")
+    rows = []
+    for style, base in results["bases"].items():
+        rows.append((style, "base", "0", "", *_quality([base])))
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for run in results["runs"]:
+            if run["style"] == style:
+                runs.setdefault(run["method"], []).append(run)
+        for method, same in runs.items():
+            size = f"{same[0]['file_bytes'] / 1024:,.0f} KiB"
+            trained = f"{same[0]['trainable_parameters']:,}"
+            rows.append(("", method, trained, size, *_quality([run["quality"] for run in same])))
+    heading = ("Style", "", "Trained", "File", "Denoising loss", "IoU", "IoU, seen letters", "Right letter")
     return _table(heading, rows)
 
 

@@ -9,19 +9,27 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from slora_diffusers import SerialLoraConfig, add_serial_lora
 from slora_diffusers.demo.adapt import (
     BASE,
-    FULL,
     NULL_CLASS,
-    SERIAL,
+    Setting,
     denoising_loss,
     evaluate,
     finetune,
     generate,
     load_base,
 )
-from slora_diffusers.demo.glyphs import CORE_FACES, HELD_OUT_LETTERS, LETTERS, NEW_STYLES, SEEN_LETTERS, glyph_images
+from slora_diffusers.demo.glyphs import (
+    CORE_FACES,
+    HELD_OUT_LETTERS,
+    LETTERS,
+    NEW_STYLES,
+    SEEN_LETTERS,
+    Jitter,
+    glyph_images,
+)
 from slora_diffusers.demo.metrics import best_iou, nearest_glyph
 
 STYLE = NEW_STYLES["calligraphic"]
+BRIEF = Setting(learning_rate=3e-3, steps=2, batch_size=4, variations=2)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +79,26 @@ def test_fine_tuning_reads_no_held_out_letter():
     pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: labels.extend(kwargs["class_labels"].tolist()), with_kwargs=True
     )
-    list(finetune(pipe, pipe.transformer.parameters(), STYLE, replace(FULL, steps=4)))
-    assert len(labels) == 4 * FULL.batch_size
+    setting = Setting(learning_rate=3e-4, steps=4, label_dropout=0.1)
+    list(finetune(pipe, pipe.transformer.parameters(), STYLE, setting))
+    assert len(labels) == 4 * setting.batch_size
     assert set(labels) <= allowed and NULL_CLASS in labels and len(set(labels)) > 10
+
+
+def test_the_class_that_stands_for_none_is_left_to_the_base_unless_labels_are_dropped():
+    pipe, labels = load_base(), []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: labels.extend(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    list(finetune(pipe, pipe.transformer.parameters(), STYLE, replace(BRIEF, batch_size=64)))
+    assert len(labels) == 128 and NULL_CLASS not in labels
+
+
+def test_fine_tuning_moves_glyphs_and_changes_nothing_else():
+    glyph, moved = glyph_images([STYLE], "H")[0][0], glyph_images([STYLE], "H", 8, 0, Jitter.moved)[0]
+    assert len(moved.flatten(1).unique(dim=0)) == 8
+    torch.testing.assert_close(moved.float().sum((1, 2)), glyph.float().sum().expand(8), rtol=0.03, atol=0)
+    assert best_iou(moved / 255, (glyph / 255).expand(8, -1, -1)).min() > 0.8
 
 
 def test_every_method_sees_the_same_batches():
@@ -82,7 +107,7 @@ def test_every_method_sees_the_same_batches():
         pipe, inputs = load_base(), []
         prepare(pipe.transformer)
         pipe.transformer.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0].clone()))
-        list(finetune(pipe, trainable(pipe), STYLE, replace(SERIAL, steps=2, batch_size=4, variations=2)))
+        list(finetune(pipe, trainable(pipe), STYLE, BRIEF))
         seen.append(inputs)
     assert torch.equal(torch.stack(seen[0]), torch.stack(seen[1]))
 
@@ -90,7 +115,7 @@ def test_every_method_sees_the_same_batches():
 def test_fine_tuning_with_an_adapter_leaves_the_base_as_it_was():
     pipe, reference = load_base(), load_base()
     add_serial_lora(pipe.transformer, SerialLoraConfig(rank=2))
-    losses = list(finetune(pipe, trainable(pipe), STYLE, replace(SERIAL, steps=3, batch_size=4, variations=2)))
+    losses = list(finetune(pipe, trainable(pipe), STYLE, replace(BRIEF, steps=3)))
     assert len(losses) == 3
     adapted = pipe.transformer.state_dict()
     for name, tensor in reference.transformer.state_dict().items():

@@ -12,14 +12,16 @@ from PIL import Image
 from rich.console import Console
 
 from slora_diffusers import SerialLoraError
-from slora_diffusers.demo import adapt, generation, run
+from slora_diffusers.demo import adapt, generation, methods, run
+from slora_diffusers.demo.glyphs import NEW_STYLES
 from slora_diffusers.demo.sheet import BAD, CELL, GOOD, Cell, contact_sheet
 
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(generation, "SERIAL", replace(generation.SERIAL, steps=3, batch_size=4, variations=2))
-    monkeypatch.setattr(generation, "FULL", replace(generation.FULL, steps=2, batch_size=4, variations=2))
+    for name, method in methods.METHODS.items():
+        setting = replace(method.setting, steps=3, batch_size=4, variations=2)
+        monkeypatch.setitem(methods.METHODS, name, replace(method, setting=setting))
     monkeypatch.setattr(generation, "SEEDS", range(1))
     monkeypatch.setattr(adapt, "INFERENCE_STEPS", 2)
 
@@ -38,11 +40,12 @@ def test_demo_makes_what_it_says(tmp_path, short):
         assert sheet.format == "PNG" and min(sheet.size) > 500
 
     metrics = json.loads(result.metrics.read_text())
-    base, serial, fused, full = metrics["rows"]
+    base, serial, fused, lora, full = metrics["rows"]
     assert [row["method"] for row in metrics["rows"]] == [row.method for row in made.rows]
     assert serial["quality"]["denoising_loss"] == pytest.approx(fused["quality"]["denoising_loss"], rel=1e-3)
     assert metrics["largest_pixel_difference_live_fused"] < 1e-3
     assert base["trainable_parameters"] == 0 < serial["trainable_parameters"] < full["trainable_parameters"] / 10
+    assert lora["trainable_parameters"] == serial["trainable_parameters"]
     assert serial["file_bytes"] == (made.adapter / "serial_lora_weights.safetensors").stat().st_size
     assert full["file_bytes"] > 4 * full["trainable_parameters"]
 
@@ -81,3 +84,17 @@ def test_sheet_shows_every_picture_and_caption_where_it_belongs(tmp_path):
     below = pixels[164:184]
     assert (below[:, 270:334] == GOOD).all(-1).any() and (below[:, 340:404] == BAD).all(-1).any()
     assert not (below[:, 270:334] == BAD).all(-1).any()
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_trains_what_it_saves_and_starts_at_the_base(name, short, tmp_path):
+    tuning = methods.fine_tuning(adapt.load_base(), name, seed=0, steps=1, learning_rate=1e-3)
+    face, seen = NEW_STYLES["script"], []
+    reference = adapt.denoising_loss(adapt.load_base(), face, "A", times=2)
+    tuning.pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(1))
+    losses = list(tuning.run(face))
+    assert len(losses) == 1 and np.isfinite(losses[0])
+    assert len(seen) == 1 + 2 * methods.BATCHES * tuning.method.gradient_start  # two passes find the start
+    assert adapt.denoising_loss(tuning.pipe, face, "A", times=2) != reference
+    count = sum(p.numel() for p in tuning.parameters)
+    assert 4 * count <= tuning.size() <= 4 * count + 32_000  # fp32 and a header

@@ -12,16 +12,15 @@ from diffusers import DiTPipeline
 from diffusers.utils import logging
 from torch import nn
 
-from ..config import SerialLoraConfig
 from ..training.diffusion.processes import process_for
 from ..training.randomness import generator
-from .glyphs import HELD_OUT_LETTERS, LETTERS, SEEN_LETTERS, Face, glyph_images, to_pixels
+from .glyphs import HELD_OUT_LETTERS, LETTERS, SEEN_LETTERS, Face, Jitter, glyph_images, to_pixels
 from .metrics import best_iou, nearest_glyph
 from .quiet import quiet
 
 BASE = Path(__file__).parent / "base"
 NULL_CLASS = 1000  # the id that DiTPipeline hard-codes for "no class"
-GUIDANCE = 4.0  # DiTPipeline's own default
+GUIDANCE = 2.5  # DiTPipeline's default, 4, thickens the strokes
 INFERENCE_STEPS = 20
 
 
@@ -32,14 +31,9 @@ class Setting:
     learning_rate: float
     steps: int = 200
     batch_size: int = 26
-    variations: int = 32  # jittered copies of each letter
-    label_dropout: float = 0.1
+    variations: int = 32  # copies of each letter, a little moved: to stretch or thicken them would change the style
+    label_dropout: float = 0.0  # the model of no class stays the base's, so that guidance strengthens the style, too
     seed: int = 0
-
-
-CONFIG = SerialLoraConfig(rank=16)  # the paper's pair alone: a quarter of a LoRA's parameters
-SERIAL = Setting(learning_rate=1e-2)
-FULL = Setting(learning_rate=5e-4)
 
 
 @dataclass(frozen=True)
@@ -68,11 +62,17 @@ def encode(pipe: DiTPipeline, images: torch.Tensor) -> torch.Tensor:
     return torch.cat(latents) * pipe.vae.config.scaling_factor
 
 
+Data = tuple[torch.Tensor, torch.Tensor]  # latents (N, C, h, w) and class ids (N,)
+
+
+def training_data(pipe: DiTPipeline, style: Face, setting: Setting) -> Data:
+    """The seen letters of `style`."""
+    return _examples(pipe, style, SEEN_LETTERS, setting.variations, setting.seed)
+
+
 def finetune(pipe: DiTPipeline, parameters: Iterable[nn.Parameter], style: Face, setting: Setting) -> Iterator[float]:
     """Trains `parameters` on the seen letters of `style`; yields the loss of every step."""
-    latents, labels = _examples(pipe, style, SEEN_LETTERS, setting.variations, setting.seed)
-    objective = process_for(pipe.scheduler)
-    parameters = list(parameters)
+    data, parameters = training_data(pipe, style, setting), list(parameters)
     optimizer = torch.optim.AdamW(parameters, setting.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -82,21 +82,32 @@ def finetune(pipe: DiTPipeline, parameters: Iterable[nn.Parameter], style: Face,
         cycle_momentum=False,
     )
     for step in range(setting.steps):
-        draw = generator(setting.seed, "demo", step)
-        chosen = torch.randint(len(latents), (setting.batch_size,), generator=draw)
-        x0, c = latents[chosen], labels[chosen]
-        c = c.masked_fill(torch.rand(len(c), generator=draw) < setting.label_dropout, NULL_CLASS)
-        times = objective.sample_times([draw] * len(x0))
-        noise = torch.randn(x0.shape, generator=draw)
-        xt = objective.add_noise(x0, noise, times)
-        output = pipe.transformer(xt, timestep=objective.timesteps(times), class_labels=c).sample
-        loss = objective.loss(output, x0, noise, xt, times).mean()
+        loss = _loss(pipe, data, setting, generator(setting.seed, "demo", step))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         yield loss.item()
+
+
+def loss_over(pipe: DiTPipeline, data: Data, setting: Setting, batches: int) -> torch.Tensor:
+    """The training loss over batches of its own, for a start from the gradient."""
+    draws = (generator(setting.seed, "demo start", number) for number in range(batches))
+    return torch.stack([_loss(pipe, data, setting, draw) for draw in draws]).mean()
+
+
+def _loss(pipe: DiTPipeline, data: Data, setting: Setting, draw: torch.Generator) -> torch.Tensor:
+    """The mean loss of one random batch."""
+    (latents, labels), objective = data, process_for(pipe.scheduler)
+    chosen = torch.randint(len(latents), (setting.batch_size,), generator=draw)
+    x0, c = latents[chosen], labels[chosen]
+    c = c.masked_fill(torch.rand(len(c), generator=draw) < setting.label_dropout, NULL_CLASS)
+    times = objective.sample_times([draw] * len(x0))
+    noise = torch.randn(x0.shape, generator=draw)
+    xt = objective.add_noise(x0, noise, times)
+    output = pipe.transformer(xt, timestep=objective.timesteps(times), class_labels=c).sample
+    return objective.loss(output, x0, noise, xt, times).mean()
 
 
 @torch.no_grad()
@@ -155,8 +166,6 @@ def _ids(letters: str) -> torch.Tensor:
     return torch.tensor([LETTERS.index(letter) for letter in letters])
 
 
-def _examples(
-    pipe: DiTPipeline, style: Face, letters: str, variations: int = 0, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = glyph_images([style], letters, variations, seed)
+def _examples(pipe: DiTPipeline, style: Face, letters: str, variations: int = 0, seed: int = 0) -> Data:
+    images, labels = glyph_images([style], letters, variations, seed, Jitter.moved)
     return encode(pipe, images), labels

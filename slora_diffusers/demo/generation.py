@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTPipeline
 from rich.progress import Progress
-from torch import nn
 
-from .. import add_serial_lora, save_serial_lora
-from .adapt import CONFIG, FULL, SERIAL, Quality, Setting, evaluate, finetune, generate, load_base
+from .. import save_serial_lora
+from .adapt import Quality, evaluate, generate, load_base
 from .glyphs import HELD_OUT_LETTERS, LETTERS, SEEN_LETTERS, Face, glyph_images
+from .methods import FULL, METHODS, RANK, SAME_SIZE, SERIAL, FineTuning, fine_tuning
 from .sheet import Cell, contact_sheet
 
 SEEDS = range(4)  # samples of each letter
@@ -48,7 +45,8 @@ class Generation:
             "seen_letters": SEEN_LETTERS,
             "held_out_letters": HELD_OUT_LETTERS,
             "samples_per_letter": len(SEEDS),
-            "settings": {"Serial LoRA": {**CONFIG.to_dict(), **asdict(SERIAL)}, "full fine-tuning": asdict(FULL)},
+            "settings": {name: asdict(METHODS[name].setting) for name in (SERIAL, SAME_SIZE, FULL)},
+            "rank": RANK,
             "largest_pixel_difference_live_fused": self.largest_pixel_difference_live_fused,
             "rows": [asdict(row) for row in self.rows],
         }
@@ -58,69 +56,46 @@ def run_generation(output_dir: Path, face: Face, seed: int, progress: Progress) 
     """Fine-tunes the built-in DiT on half of a new style's letters, and draws all of them before, after and fused."""
     drawn: dict[str, torch.Tensor] = {}
     base = load_base()
-    drawn["before"] = generate(base, progress.track(SEEDS, description="Drawing with the base"))
-    rows = [Row("base", 0, 0, 0.0, evaluate(base, drawn["before"], face))]
+    drawn["before: the base"] = generate(base, progress.track(SEEDS, description="Drawing with the base"))
+    rows = [Row("base", 0, 0, 0.0, evaluate(base, drawn["before: the base"], face))]
 
-    adapter, trained, seconds = _train_adapter(face, output_dir / "adapter", seed, progress)
+    adapter = output_dir / "adapter"
+    tuned = _train(SERIAL, face, seed, progress)
+    save_serial_lora(tuned.pipe.transformer, adapter)
     pipe = load_base()  # a fresh pipeline: what it learns comes from the file alone
     pipe.load_serial_lora(adapter)
-    drawn["after"] = generate(pipe, progress.track(SEEDS, description="Drawing with the adapter"))
-    size = _bytes_in(adapter)
-    rows.append(Row("Serial LoRA", trained, size, seconds, evaluate(pipe, drawn["after"], face)))
+    live = generate(pipe, progress.track(SEEDS, description="Drawing with the adapter"))
+    rows.append(_row(SERIAL, tuned, evaluate(pipe, live, face)))
     pipe.fuse_serial_lora()
-    drawn["fused"] = generate(pipe, progress.track(SEEDS, description="Drawing with the adapter fused"))
-    rows.append(Row("Serial LoRA, fused", trained, size, seconds, evaluate(pipe, drawn["fused"], face)))
+    fused = generate(pipe, progress.track(SEEDS, description="Drawing with the adapter fused"))
+    rows.append(_row(f"{SERIAL}, fused", tuned, evaluate(pipe, fused, face)))
+    drawn |= {f"{SERIAL} r={RANK}, loaded": live, "the same, fused": fused}
 
-    rows.append(_full_fine_tuning(face, seed, progress))
+    for name in (SAME_SIZE, FULL):
+        tuned = _train(name, face, seed, progress)
+        drawn[name] = generate(tuned.pipe, progress.track(SEEDS, description=f"Drawing with {name}"))
+        rows.append(_row(name, tuned, evaluate(tuned.pipe, drawn[name], face)))
     sheet = _draw_sheet(output_dir / "contact_sheet.png", face, drawn, rows)
-    return Generation(sheet, adapter, tuple(rows), (drawn["after"] - drawn["fused"]).abs().max().item())
+    return Generation(sheet, adapter, tuple(rows), (live - fused).abs().max().item())
 
 
-def train(
-    pipe: DiTPipeline, parameters: Sequence[nn.Parameter], face: Face, setting: Setting, progress: Progress, name: str
-) -> tuple[int, float]:
-    """Runs one fine-tuning under a progress bar; returns the number of trained parameters and the seconds."""
-    started = time.time()
-    task = progress.add_task(name, total=setting.steps)
-    for loss in finetune(pipe, parameters, face, setting):
+def _train(name: str, face: Face, seed: int, progress: Progress) -> FineTuning:
+    """Runs one fine-tuning of a fresh base under a progress bar."""
+    tuning = fine_tuning(load_base(), name, seed)
+    task = progress.add_task(name, total=tuning.setting.steps)
+    for loss in tuning.run(face):
         progress.update(task, advance=1, description=f"{name} (loss {loss:.3f})")
-    return sum(p.numel() for p in parameters), time.time() - started
+    return tuning
 
 
-def _train_adapter(face: Face, folder: Path, seed: int, progress: Progress) -> tuple[Path, int, float]:
-    pipe = load_base()
-    torch.manual_seed(seed)
-    add_serial_lora(pipe.transformer, CONFIG)
-    parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
-    trained, seconds = train(pipe, parameters, face, replace(SERIAL, seed=seed), progress, "Serial LoRA")
-    save_serial_lora(pipe.transformer, folder)
-    return folder, trained, seconds
-
-
-def _full_fine_tuning(face: Face, seed: int, progress: Progress) -> Row:
-    pipe = load_base()
-    parameters = list(pipe.transformer.parameters())
-    trained, seconds = train(pipe, parameters, face, replace(FULL, seed=seed), progress, "Full fine-tuning")
-    images = generate(pipe, progress.track(SEEDS, description="Drawing with all weights tuned"))
-    with tempfile.TemporaryDirectory() as folder:
-        pipe.transformer.save_pretrained(folder)
-        size = _bytes_in(Path(folder))
-    return Row("full fine-tuning", trained, size, seconds, evaluate(pipe, images, face))
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _row(name: str, tuning: FineTuning, quality: Quality) -> Row:
+    return Row(name, sum(p.numel() for p in tuning.parameters), tuning.size(), tuning.seconds, quality)
 
 
 def _draw_sheet(path: Path, face: Face, drawn: dict[str, torch.Tensor], rows: Sequence[Row]) -> Path:
     base, serial = rows[0].quality, rows[1].quality
     title = f"Serial LoRA on the built-in DiT: {face.name} from {len(SEEN_LETTERS)} letters"
-    images = {
-        "true glyphs": glyph_images([face])[0] / 255,
-        "before: the base": drawn["before"][0],
-        "after: adapter loaded": drawn["after"][0],
-        "adapter fused": drawn["fused"][0],
-    }
+    images = {"true glyphs": glyph_images([face])[0] / 255, **{name: row[0] for name, row in drawn.items()}}
     letters = {
         "Letters the adapter was trained on": SEEN_LETTERS,
         "Letters it never saw in this style": HELD_OUT_LETTERS,

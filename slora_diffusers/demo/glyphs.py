@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,17 +28,22 @@ SEEN_LETTERS = LETTERS[0::2]  # A C E ... Y: what the adapter is trained on
 HELD_OUT_LETTERS = LETTERS[1::2]  # B D F ... Z: what it is tested on
 
 _SUPERSAMPLING = 4  # glyphs are drawn this much larger, transformed, then averaged down
-_EM_PIXELS = 27  # size of the em square in the final image: capitals are about 20 pixels high
+EM_PIXELS = 27  # size of the em square in the final image: capitals are about 20 pixels high
 _MARGIN = 1  # pixels left free on every side: wider glyphs are shrunk
 
 
 @dataclass(frozen=True)
 class Face:
-    """One typeface: `font` is a file stem, `alphabet` a Unicode name prefix, a first code point, or None (A to Z)."""
+    """One typeface.
+
+    `font` is the stem of one of matplotlib's files or the whole path of another, `alphabet` a Unicode name prefix, a
+    first code point, or None (A to Z), `em` the side of the em square in pixels of the final image.
+    """
 
     name: str
     font: str
     alphabet: str | int | None = None
+    em: int = EM_PIXELS
 
     def character(self, letter: str) -> str:
         """The code point that draws `letter` in this face."""
@@ -90,6 +95,11 @@ class Jitter:
     weight: int = 0  # in supersampled pixels
 
     @staticmethod
+    def moved(rng: np.random.Generator) -> Jitter:
+        """Moved by up to a pixel and nothing else."""
+        return Jitter(tuple(rng.uniform(-1, 1, 2)))
+
+    @staticmethod
     def sample(rng: np.random.Generator) -> Jitter:
         x, y = rng.uniform(-1, 1, 2)
         size, aspect = rng.uniform(0.92, 1.06), rng.uniform(0.96, 1.04)
@@ -103,8 +113,8 @@ class Jitter:
 
 @lru_cache(maxsize=64)
 def load_font(stem: str, pixels: int) -> ImageFont.FreeTypeFont:
-    """One of matplotlib's fonts, by file stem, with an em of `pixels`."""
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{stem}.ttf")
+    """One of matplotlib's fonts, by file stem, or any other, by its whole path, with an em of `pixels`."""
+    path = Path(stem) if Path(stem).is_absolute() else Path(matplotlib.get_data_path(), "fonts", "ttf", f"{stem}.ttf")
     if not path.exists():  # cmti10, which pretraining draws with, came with matplotlib 3.11
         raise SerialLoraError(
             f"matplotlib {matplotlib.__version__} has no font {stem}; install a newer one: pip install -U matplotlib"
@@ -112,12 +122,9 @@ def load_font(stem: str, pixels: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, pixels)
 
 
-def render_glyph(face: Face, letter: str, jitter: Jitter = Jitter()) -> np.ndarray:
-    """One centred glyph, white on black: uint8 (32, 32)."""
-    font, character = (
-        load_font(face.font, _EM_PIXELS * _SUPERSAMPLING),
-        face.character(letter),
-    )
+def render_glyph(face: Face, letter: str, jitter: Jitter = Jitter(), pixels: int = IMAGE_SIZE) -> np.ndarray:
+    """One centred glyph, white on black: uint8 (pixels, pixels), where pixels is 32, 64 or 128."""
+    font, character = load_font(face.font, face.em * _SUPERSAMPLING), face.character(letter)
     left, top, right, bottom = font.getbbox(character, stroke_width=jitter.weight)
     side = IMAGE_SIZE * _SUPERSAMPLING
     room = side - 2 * _MARGIN * _SUPERSAMPLING
@@ -132,11 +139,15 @@ def render_glyph(face: Face, letter: str, jitter: Jitter = Jitter()) -> np.ndarr
     a, b, e = 1 / scale_x, jitter.shear / scale_x, 1 / scale_y
     inverse = (a, b, side - a * shift_x - b * shift_y, 0.0, e, side - e * shift_y)
     canvas = canvas.transform((side, side), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
-    return np.asarray(canvas.reduce(_SUPERSAMPLING))
+    return np.asarray(canvas.reduce(side // pixels))
 
 
 def glyph_images(
-    faces: Sequence[Face], letters: str = LETTERS, variations: int = 0, seed: int = 0
+    faces: Sequence[Face],
+    letters: str = LETTERS,
+    variations: int = 0,
+    seed: int = 0,
+    jitter: Callable[[np.random.Generator], Jitter] = Jitter.sample,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every letter of every face: uint8 images (N, 32, 32) and class ids (N,).
 
@@ -145,12 +156,13 @@ def glyph_images(
         letters: The capitals to draw.
         variations: Jittered copies of each glyph; 0 draws each once, unchanged.
         seed: Seeds the jitter.
+        jitter: Draws how a copy differs from its glyph.
     """
     rng = np.random.default_rng(seed)
     images, labels = [], []
     for face in faces:
         for letter in letters:
-            jitters = [Jitter.sample(rng) for _ in range(variations)] or [Jitter()]
+            jitters = [jitter(rng) for _ in range(variations)] or [Jitter()]
             images += [render_glyph(face, letter, jitter) for jitter in jitters]
             labels += [LETTERS.index(letter)] * len(jitters)
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
