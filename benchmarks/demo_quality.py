@@ -26,8 +26,8 @@ from slora_diffusers.demo.glyphs import NEW_STYLES
 from slora_diffusers.demo.methods import ADAPTER, METHODS, RANK, fine_tuning
 
 TUNED_ON, SHOWN = "calligraphic", "bold-calligraphic"
-GRID = {"full fine-tuning": (1e-4, 3e-4, 1e-3)}
-ADAPTER_GRID = (1e-3, 3e-3, 1e-2)
+GRID = {"full fine-tuning": (1e-4, 3e-4)}
+ADAPTER_GRID = (3e-3, 1e-2)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Setting:
     """How one method is fine-tuned. Every method sees the same images, noise and times in the same order."""
 
     learning_rate: float
-    steps: int = 200
+    steps: int = 150
     batch_size: int = 26
     variations: int = 32  # copies of each letter, a little moved: to stretch or thicken them would change the style
     label_dropout: float = 0.0  # the model of no class stays the base's, so that guidance strengthens the style, too

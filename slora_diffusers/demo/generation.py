@@ -69,7 +69,7 @@ def run_generation(output_dir: Path, face: Face, seed: int, progress: Progress) 
     pipe.fuse_serial_lora()
     fused = generate(pipe, progress.track(SEEDS, description="Drawing with the adapter fused"))
     rows.append(_row(f"{SERIAL}, fused", tuned, evaluate(pipe, fused, face)))
-    drawn |= {f"{SERIAL} r={RANK}, loaded": live, "the same, fused": fused}
+    drawn |= {f"{SERIAL} r={RANK}": live, "the same, fused": fused}
 
     for name in (SAME_SIZE, FULL):
         tuned = _train(name, face, seed, progress)
@@ -93,9 +93,10 @@ def _row(name: str, tuning: FineTuning, quality: Quality) -> Row:
 
 
 def _draw_sheet(path: Path, face: Face, drawn: dict[str, torch.Tensor], rows: Sequence[Row]) -> Path:
-    base, serial = rows[0].quality, rows[1].quality
+    by_method = {row.method: row.quality for row in rows}
     title = f"Serial LoRA on the built-in DiT: {face.name} from {len(SEEN_LETTERS)} letters"
     images = {"true glyphs": glyph_images([face])[0] / 255, **{name: row[0] for name, row in drawn.items()}}
+    images = {f"{name}, same size" if name == SAME_SIZE else name: row for name, row in images.items()}
     letters = {
         "Letters the adapter was trained on": SEEN_LETTERS,
         "Letters it never saw in this style": HELD_OUT_LETTERS,
@@ -104,10 +105,13 @@ def _draw_sheet(path: Path, face: Face, drawn: dict[str, torch.Tensor], rows: Se
         heading: {label: [Cell(row[LETTERS.index(letter)]) for letter in chosen] for label, row in images.items()}
         for heading, chosen in letters.items()
     }
+    measured = (("base", "the base"), (SERIAL, SERIAL), (SAME_SIZE, SAME_SIZE), (FULL, FULL))
     footer = (
-        f"Never-seen letters, {len(SEEDS)} samples each: best overlap (IoU) with the true glyph, median "
-        f"{base.iou:.2f} before, {serial.iou:.2f} after;",
-        f"denoising loss {base.denoising_loss:.3f} before, {serial.denoising_loss:.3f} after. Every row starts from "
-        "the same noise.",
+        f"Never-seen letters, {len(SEEDS)} samples each. Best overlap (IoU) with the true glyph, median: "
+        + ", ".join(f"{by_method[key].iou:.2f} {name}" for key, name in measured)
+        + ".",
+        "The nearest glyph of the style is the letter asked for: "
+        + ", ".join(f"{by_method[key].right_letter:.0%} {name}" for key, name in measured)
+        + ". Every row starts from the same noise.",
     )
     return contact_sheet(path, title, groups, footer)

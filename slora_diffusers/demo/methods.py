@@ -58,7 +58,7 @@ class Method:
     gradient_start: bool = False
 
 
-ADAPTER = Setting(learning_rate=3e-3)
+ADAPTER = Setting(learning_rate=1e-2)
 METHODS = {
     "Serial LoRA": Method(_serial(), save_serial_lora, ADAPTER),
     "Serial LoRA, gradient start": Method(_serial(), save_serial_lora, ADAPTER, gradient_start=True),
