@@ -98,7 +98,9 @@ def test_fine_tuning_moves_glyphs_and_changes_nothing_else():
     glyph, moved = glyph_images([STYLE], "H")[0][0], glyph_images([STYLE], "H", 8, 0, Jitter.moved)[0]
     assert len(moved.flatten(1).unique(dim=0)) == 8
     torch.testing.assert_close(moved.float().sum((1, 2)), glyph.float().sum().expand(8), rtol=0.03, atol=0)
-    assert best_iou(moved / 255, (glyph / 255).expand(8, -1, -1)).min() > 0.8
+    for axis in (1, 2):  # as wide and as high as it was, but for what lies between two pixels
+        extents = (torch.cat([glyph[None], moved]) > 127).any(axis).sum(1)
+        assert (extents - extents[0]).abs().max() <= 1
 
 
 def test_every_method_sees_the_same_batches():

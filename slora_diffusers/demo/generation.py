@@ -105,13 +105,12 @@ def _draw_sheet(path: Path, face: Face, drawn: dict[str, torch.Tensor], rows: Se
         heading: {label: [Cell(row[LETTERS.index(letter)]) for letter in chosen] for label, row in images.items()}
         for heading, chosen in letters.items()
     }
-    measured = (("base", "the base"), (SERIAL, SERIAL), (SAME_SIZE, SAME_SIZE), (FULL, FULL))
+    measured = ("base", SERIAL, SAME_SIZE, FULL)
+    overlaps = ", ".join(f"{by_method[name].iou:.2f} {name}" for name in measured)
+    hits = ", ".join(f"{by_method[name].right_letter:.0%} {name}" for name in measured)
     footer = (
-        f"Never-seen letters, {len(SEEDS)} samples each. Best overlap (IoU) with the true glyph, median: "
-        + ", ".join(f"{by_method[key].iou:.2f} {name}" for key, name in measured)
-        + ".",
-        "The nearest glyph of the style is the letter asked for: "
-        + ", ".join(f"{by_method[key].right_letter:.0%} {name}" for key, name in measured)
-        + ". Every row starts from the same noise.",
+        f"Letters never seen, {len(SEEDS)} samples each; every row starts from the same noise.",
+        f"Best overlap (IoU) with the true glyph, median: {overlaps}.",
+        f"Nearest glyph of the style is the letter asked for: {hits}.",
     )
     return contact_sheet(path, title, groups, footer)

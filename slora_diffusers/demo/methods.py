@@ -60,10 +60,10 @@ class Method:
 
 ADAPTER = Setting(learning_rate=1e-2)
 METHODS = {
-    "Serial LoRA": Method(_serial(), save_serial_lora, ADAPTER),
-    "Serial LoRA, gradient start": Method(_serial(), save_serial_lora, ADAPTER, gradient_start=True),
+    "Serial LoRA": Method(_serial(), save_serial_lora, ADAPTER, gradient_start=True),
+    "Serial LoRA, usual start": Method(_serial(), save_serial_lora, ADAPTER),
     "Serial LoRA + output": Method(_serial("hidden_states", "attention_output"), save_serial_lora, ADAPTER),
-    "LoRA r=4": Method(_lora(4), _save_lora, ADAPTER),  # as many parameters as the first
+    "LoRA r=4": Method(_lora(4), _save_lora, ADAPTER),  # as many parameters as Serial LoRA
     "LoRA r=16": Method(_lora(16), _save_lora, ADAPTER),
     "full fine-tuning": Method(lambda model: None, _save_model, Setting(learning_rate=3e-4)),
 }
