@@ -15,6 +15,7 @@ from slora_diffusers import SerialLoraForImageClassification, SerialLoraForSeman
 from slora_diffusers.demo import scenes as scenes_module
 from slora_diffusers.demo import vision
 from slora_diffusers.demo.glyphs import LETTERS, NEW_STYLES, glyph_images
+from slora_diffusers.demo.run import STYLE as DEFAULT
 from slora_diffusers.demo.run import run_demo
 from slora_diffusers.demo.scenes import backgrounds, compose, fresh_scenes, scenes
 from slora_diffusers.heads.preprocessing import Preprocessing
@@ -120,7 +121,7 @@ def test_vision_makes_what_it_says(made):
 
 def test_training_learns_more_than_chance_and_the_files_give_the_reported_scores(made):
     result, _ = made
-    test = scenes([NEW_STYLES["calligraphic"]], 2, 1, held_out=True)
+    test = scenes([NEW_STYLES[DEFAULT]], 2, 1, held_out=True)
     classes = {"classification": SerialLoraForImageClassification, "segmentation": SerialLoraForSemanticSegmentation}
     for task, row in zip(vision.TASKS, result.vision.rows[1::2], strict=True):
         folder: Path = result.vision.models[task.name]
