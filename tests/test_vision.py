@@ -128,7 +128,7 @@ def test_a_head_reads_several_layers(head: str, name: str):
 def test_upernet_is_the_pyramid_of_its_paper():
     """Lateral 1 x 1 projections, added from the coarsest down; on the last level its own pools beside it."""
     torch.manual_seed(0)
-    net = UPerNet([4, 5, 6], 8, 3, [0, 0, 0]).double()
+    net: Any = UPerNet([4, 5, 6], 8, 3, [0, 0, 0]).double()
     maps = [torch.randn(2, d, n, n, dtype=torch.float64) for d, n in ((4, 12), (5, 6), (6, 6))]
     a, b, c = (scale(x) for scale, x in zip(net.scales, maps, strict=True))
 
