@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -282,7 +283,8 @@ def test_what_finds_no_room_is_refused_compiled_and_served_eager():
 def test_reserved_operands_that_a_graph_would_have_as_constants_are_refused(how):
     """Inductor's freezing; it is refused before anything is compiled."""
     reserved, plain = twins(DIT)
-    arguments, options = batch_of(DIT, 2), {} if how == "every graph" else {"freezing": True}
+    arguments = batch_of(DIT, 2)
+    options: Any = {} if how == "every graph" else {"freezing": True}
     run = torch.compile(reserved, options=options) if how in ("wrapper", "every graph") else reserved
     for module in {"in place": [reserved], "blocks": reserved.transformer_blocks}.get(how, []):
         module.compile(options=options)

@@ -138,7 +138,7 @@ def test_upernet_is_the_pyramid_of_its_paper():
     pooled = []
     for n, both in zip((1, 2, 3, 6), net.pools, strict=True):
         cells = c.unflatten(3, (n, -1)).unflatten(2, (n, -1)).mean((3, 5))  # (2, 8, n, n)
-        pooled.append(sized(both[1](cells), 6))
+        pooled.append(sized(both.get_submodule("1")(cells), 6))
     c = net.context(torch.cat([c, *pooled], 1))
     b = b + c
     a = a + sized(b, 12)
