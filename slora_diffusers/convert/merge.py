@@ -75,8 +75,8 @@ def merge_serial_lora(
     check_known(models, chosen)
     sums, modules = _summed(models, chosen, new_name)
     sums, error, errors = truncate(sums, rank, track)
-    made = {c: with_modules(as_adapter(models[c], pairs), modules[c]) for c, pairs in sums.items()}
     with ONE_VERB, nullcontext():
+        made = {c: with_modules(as_adapter(models[c], pairs), modules[c]) for c, pairs in sums.items()}
         plans = [plan_load(models[c], part, new_name) for c, part in made.items()]
         apply_plans(plans, weight=None)  # beside those that it sums, it would count twice
     parts = [LowRank(A, B) for plan in plans for _, A, B in plan.matrices]

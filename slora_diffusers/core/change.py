@@ -28,7 +28,7 @@ from .layer import SerialLoraPair
 from .marks import PART
 from .names import CONTAINER
 from .parts import SerialLoraPart
-from .running import frames_of_others, others_run
+from .running import others_run, running_in_others
 from .sites import unwrap
 
 _PATIENCE = 60.0  # seconds that a verb waits for a forward of another thread
@@ -263,10 +263,7 @@ def _turn_of(model: nn.Module) -> Turn:
 
 def _refuse_while_generating(models: list[nn.Module]) -> None:
     """A pipeline runs its models many times for one image: a change between two of them is of neither state."""
-    for frame in frames_of_others():
-        if frame.f_code.co_name != "__call__":
-            continue
-        pipe = frame.f_locals.get("self")
+    for pipe in running_in_others(["__call__"]):
         held = vars(pipe).values() if hasattr(pipe, "components") and not isinstance(pipe, nn.Module) else ()
         if any(value is model for value in held for model in models):
             raise AdapterStateError(

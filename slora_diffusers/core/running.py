@@ -15,32 +15,31 @@ _FORWARDS = ("_call_impl", "_wrapped_call_impl", "forward")
 
 def others_run(models: Sequence[nn.Module], besides: Collection[int] = ()) -> bool:
     """Whether another thread is inside a forward of a model, compiled or not; those of `besides` only wait there."""
-    return any(
-        frame.f_code.co_name in _FORWARDS and _is_one_of(frame.f_locals.get("self"), models)
-        for frame in frames_of_others(besides)
-    )
+    return any(_is_one_of(running, models) for running in running_in_others(_FORWARDS, besides))
 
 
-def frames_of_others(besides: Collection[int] = ()) -> list[FrameType]:
-    """Every frame of every other thread, innermost first."""
+def running_in_others(methods: Collection[str], besides: Collection[int] = ()) -> list[object]:
+    """What every other thread runs one of these methods of, innermost first."""
     me = threading.get_ident()
-    frames: list[FrameType] = []
+    found: list[object] = []
     if threading.active_count() == 1:
-        return frames
-    # Before Python 3.12 a frame object that is made may start a collection, which lets the other thread run and leave
-    # the very frame that is being read (python/cpython#106883 pauses it in `_current_frames` for the same reason).
+        return found
+    # Before Python 3.12 a frame object or a dictionary of its variables that is made may start a collection, which lets
+    # the other thread run and leave the very frame that is being read: a crash (python/cpython#106883 pauses the
+    # collector in `_current_frames` for the same reason).
     collecting = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         for thread, frame in sys._current_frames().items():
             inner: FrameType | None = None if thread == me or thread in besides else frame
             while inner is not None:
-                frames.append(inner)
+                if inner.f_code.co_name in methods:
+                    found.append(inner.f_locals.get("self"))
                 inner = inner.f_back
     finally:
         if collecting:
             gc.enable()
-    return frames
+    return found
 
 
 def _is_one_of(running: object, models: Sequence[nn.Module]) -> bool:
