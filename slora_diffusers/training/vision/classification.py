@@ -93,7 +93,7 @@ def train_classifier(
     counts = torch.tensor([item.label for item in items]).bincount(minlength=len(names))
     weights = class_weights(counts).to(place.device) if options.balance_classes else None
     labels = torch.tensor([item.label for item in unseen])
-    confusion = torch.zeros(len(names), len(names), dtype=torch.long)
+    guesses, confusion = torch.zeros_like(labels), torch.zeros(len(names), len(names), dtype=torch.long)
 
     def loss_of(called: Any, batch: Batch) -> Tensor:
         targets = torch.tensor([item.label for item in batch.items], device=place.device)
@@ -107,17 +107,15 @@ def train_classifier(
 
     def evaluate() -> dict[str, float]:
         logits = logits_of(model, unseen, place, options.train_batch_size)
-        confusion.copy_(confusion_matrix(logits.argmax(1), labels, len(names)))
+        guesses.copy_(logits.argmax(1))
+        confusion.copy_(confusion_matrix(guesses, labels, len(names)))
         return {"top1": top_k_accuracy(logits, labels, 1), "top5": top_k_accuracy(logits, labels, 5)}
 
     def show() -> Image.Image:
-        some = spread(unseen, SHOWN)
-        guesses = logits_of(model, some, place, options.train_batch_size).argmax(1).tolist()
-        said = (
-            names[i] if i == item.label else f"{names[i]}, not {names[item.label]}"
-            for i, item in zip(guesses, some, strict=True)
-        )
-        pictures = [captioned(item.read(), caption) for item, caption in zip(some, said, strict=True)]
+        pictures = []
+        for i in spread(range(len(unseen)), SHOWN):
+            guess, truth = names[int(guesses[i])], names[int(labels[i])]
+            pictures.append(captioned(unseen[i].read(), guess if guess == truth else f"{guess}, not {truth}"))
         return sheet([pictures[i : i + 4] for i in range(0, len(pictures), 4)])
 
     def keep() -> None:
