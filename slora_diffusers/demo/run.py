@@ -21,9 +21,7 @@ from .glyphs import HELD_OUT_LETTERS, NEW_STYLES, Face
 from .vision import Vision, run_vision
 
 PARTS = ("generation", "vision")
-STYLE = (
-    "bold-calligraphic"  # of the four, the one whose letters follow best from each other; docs/benchmarks.md has all
-)
+STYLE = "bold-calligraphic"  # its thick strokes show best what was learnt; docs/benchmarks.md has all four
 
 
 @dataclass(frozen=True)
