@@ -9,9 +9,9 @@ comes in any of the pretraining faces. `slora_diffusers/demo/base/README.md` say
 how to get them; without `--fonts` it sees what matplotlib ships.
 
 In training alone, half of the samples are told their face: a learnt vector of the face is added to every patch, as a
-style that all letters share. The other half, and everyone who uses the model, do without. The idea is that hidden states
-hold the style apart from the letter, so that an adapter that shifts it shifts it for all letters; it was not measured
-beside training without.
+style that all letters share. The other half, and everyone who uses the model, do without. The idea is that hidden
+states hold the style apart from the letter, so that an adapter that shifts it shifts it for all letters; this was not
+measured beside training without.
 
 Everything follows from `--seed`; a snapshot of the averaged weights is written every `--snapshot-every` steps in its
 final layout, so the run may be stopped at any time.
