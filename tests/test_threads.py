@@ -219,3 +219,17 @@ def test_of_threads_that_load_under_one_name_one_succeeds():
         list(pool.map(come, range(4)))
     assert len(refused) == 3 and all("'one' is taken" in message for message in refused)
     assert torch.equal(output_of(model, DIT), output_of(other, DIT))
+
+
+def test_a_forward_that_waited_while_its_hooks_came_and_went_is_the_bases():
+    """PyTorch takes a forward's hooks from one list, at its start, and whether one takes kwargs from another, later."""
+    model = DIT.build()
+    wanted = output_of(model, DIT)
+
+    def come_and_go(module, args):
+        module._forward_pre_hooks_with_kwargs.clear()
+
+    model.register_forward_pre_hook(come_and_go)
+    add_random_adapter(model, "a", std=0.5)
+    sl.set_serial_lora(model, [])
+    assert torch.equal(output_of(model, DIT), wanted)

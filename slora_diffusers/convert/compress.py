@@ -139,7 +139,8 @@ def compress_lora(
     if keep_rest is None:
         _check_understood(lora, lora_source, models)
     adapting = [models[component] for component, _ in work]
-    _new_name(adapter_name, model, adapting)  # said before the minutes that it takes
+    with ONE_VERB, nullcontext():
+        _new_name(adapter_name, model, adapting)  # said before the minutes that it takes
     with reading(*models.values()):
         pairs, sites = _compress_all(track(work, f"Compressing to rank {rank}"), models, lora, rank, ridge)
     rest = _rest_of(lora, work)

@@ -127,8 +127,10 @@ class ModelCall:
         """The calls in progress on the model."""
         return self.registry.call
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Forward pre-hook: open a state for this forward where there is something to open it for."""
+        if kwargs is None:  # PyTorch no longer knows that this hook takes them: it went while the forward waited for it
+            return None
         if torch.compiler.is_compiling() and self.registry.capacity is not None:
             self._check_recorded(args, kwargs)
             return args, kwargs

@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 from collections.abc import Collection, Sequence
+from inspect import CO_NEWLOCALS
 from types import FrameType
 
 from torch import nn
@@ -34,12 +35,23 @@ def running_in_others(methods: Collection[str], besides: Collection[int] = ()) -
             inner: FrameType | None = None if thread == me or thread in besides else frame
             while inner is not None:
                 if inner.f_code.co_name in methods:
-                    found.append(inner.f_locals.get("self"))
+                    found.append(_owner_of(inner))
                 inner = inner.f_back
     finally:
         if collecting:
             gc.enable()
     return found
+
+
+def _owner_of(frame: FrameType) -> object:
+    """The object whose method runs in a frame of another thread."""
+    variables = frame.f_locals
+    owner = variables.get("self")
+    # Before Python 3.13 this is a copy that the frame keeps, and writes over when it is next asked for. What that frees
+    # may let the other thread run in the midst of it, and crash: so leave nothing there, unless a debugger works on it.
+    if sys.version_info < (3, 13) and frame.f_trace is None and frame.f_code.co_flags & CO_NEWLOCALS:
+        variables.clear()
+    return owner
 
 
 def _is_one_of(running: object, models: Sequence[nn.Module]) -> bool:

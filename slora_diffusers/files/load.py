@@ -85,9 +85,10 @@ def load_serial_lora(
     check_hub_arguments(hub)
     models = components_of(model)
     weights = _weights_for(weight, models)
-    name = _name_for(adapted(model, required=False), adapter_name, hotswap)
-    if not is_pipeline(model) and not hotswap:
-        check_new_name(registry_of(model, create=True), name)
+    with ONE_VERB, nullcontext():  # said before the file is read
+        name = _name_for(adapted(model, required=False), adapter_name, hotswap)
+        if not is_pipeline(model) and not hotswap:
+            check_new_name(registry_of(model, create=True), name)
     file = AdapterFile.read(source, **hub)
     parts = _parts_for(model, models, file, strict, component)
     if component is None:
