@@ -281,7 +281,7 @@ def test_reserved_room_keeps_shapes_and_gives_the_equation():
     pair.reserve(8, 4, torch.zeros(()))
     assert pair.reserved is not None
     shapes = [tuple(m.shape) for m in pair.reserved.buffers()]
-    assert shapes == [(8, D), (D, 8), (4, 8), (2,)]
+    assert shapes == [(8, D), (D, 8), (4, 8), (1, 2)]
     for weights in ({}, {"a0": 1.0}, {"a0": 0.5, "a1": -1.0}, {"a1": 2.0}):
         pair.activate(weights)
         for got in (pair(x), pair.reserved(x, len(x))):
