@@ -228,11 +228,11 @@ def serving_table(folder: Path = RESULTS) -> str:
             for name in measured["bytes_each"]
             for by_count in [[row[name] for row in table.values()]]
         ]
+        rounds = f"medians of {settings['rounds']} rounds" if settings["rounds"] > 1 else "1 round"
         caption = (
             f"{settings['requests']} requests at once, batches of {settings['batch']} at most, rank "
-            f"{settings['rank']}, medians of {settings['rounds']} round{'s' if settings['rounds'] > 1 else ''} in "
-            f"turns; {machine['threads']} thread of an {machine['processor']} ({machine['isa']}), "
-            f"torch {machine['torch']}, PEFT {machine['peft']}."
+            f"{settings['rank']}, {rounds} in turns; {machine['threads']} thread of an {machine['processor']} "
+            f"({machine['isa']}), torch {machine['torch']}, PEFT {machine['peft']}."
         )
         parts.append(f"{_table(heading, rows)}\n\n{caption}")
     clocks = {"cpu": "processor time", "wall": "wall time"}

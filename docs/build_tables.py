@@ -133,6 +133,7 @@ REGIONS = {
         "bench-imports": report.imports_table,
         "demo-quality": report.quality_table,
     },
+    ROOT / "docs" / "serving.md": {"serving": report.serving_table},
     ROOT / "docs" / "training.md": {
         "dreambooth": report.dreambooth_table,
         "training-memory": training_memory.states_table,
