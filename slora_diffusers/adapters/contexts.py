@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..core.batch import samples_of
-from ..core.calls import Sample
+from ..core.calls import Sample, named_by
 from ..core.components import adapted, check_known, components_of, has_adapters
 from ..core.entry import watch
 from ..core.gate import set_gate
@@ -95,7 +95,7 @@ def _whole(models: Iterable[nn.Module], samples: Iterable[Sample]) -> Iterator[N
     """Say at the end of a block if another thread took away what its samples name: without hooks no forward could."""
     yield
     left = {name for one in models if has_adapters(one) for name in registry_of(one).configs}
-    if gone := {name for sample in samples for name, _ in sample} - left:
+    if gone := named_by(samples) - left:
         raise AdapterStateError(
             f"The adapters {sorted(gone)} were removed while this serial_lora_batch block named them: what ran since "
             "is the base's."

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.fuse import base_weights
-from ..core.calls import ONE_VERB
+from ..core.calls import ONE_VERB, alone
 from ..core.change import reading
 from ..core.components import adapted, components_of, free_name, is_pipeline
 from ..core.sites import Slot, find_slots
@@ -20,7 +20,8 @@ from ..core.state import check_new_name, registry_of
 from ..errors import AdapterFileError, SerialLoraError
 from ..files.fingerprint import describe_base
 from ..files.format import library_version
-from ..files.load import apply_plans, plan_load
+from ..files.load import apply_plans
+from ..files.plan import Plan, plan_load
 from ..files.storage import write_safetensors
 from .closed_form import RIDGE, SiteError, compress_slot
 from .layouts.read import Part, ReadLora, name_of, read_lora, some
@@ -131,26 +132,21 @@ def compress_lora(
 
     Source: Eckart and Young for the closed form; the ridge is Tikhonov's.
     """
-    check_arguments(rank, ridge)
-    _check_folders(keep_rest, plot)
+    _check_given(rank, ridge, keep_rest, plot)
     models, pipeline = components_of(model), model if is_pipeline(model) else None
     lora = read_lora(lora_source, models, weight_name, pipeline, **hub)
     work = _work_of(lora, models, inputs)
-    if keep_rest is None:
-        _check_understood(lora, lora_source, models)
-    adapting = [models[component] for component, _ in work]
-    with ONE_VERB, nullcontext():
-        _new_name(adapter_name, model, adapting)  # said before the minutes that it takes
+    _check_understood(lora, lora_source, models, keep_rest)
+    _new_name(adapter_name, model, models, work)  # said before the minutes that it takes
     with reading(*models.values()):
         pairs, sites = _compress_all(track(work, f"Compressing to rank {rank}"), models, lora, rank, ridge)
     rest = _rest_of(lora, work)
     with ONE_VERB, nullcontext():
-        name = _new_name(adapter_name, model, adapting)
-        plans = [plan_load(models[c], as_adapter(models[c], found), name) for c, found in pairs.items()]
+        plans = _plans(pairs, models, _new_name(adapter_name, model, models, work))
         files = [] if keep_rest is None else _write_rest(rest, lora, Path(keep_rest), models, pipeline)
         if plot is not None:
             plot_errors(sites, rank, Path(plot))
-        report = _report(name, sites, lora, rest, files, sum(plan.report.parameters for plan in plans))
+        report = _report(plans, sites, lora, rest, files)
         apply_plans(plans, weight=1.0)  # last, when nothing else can fail
     return report
 
@@ -164,19 +160,28 @@ def check_arguments(rank: int, ridge: float = RIDGE) -> None:
         raise SerialLoraError(f"ridge must lie between 0 and 1; got {ridge!r}.")
 
 
-def _check_folders(keep_rest: str | os.PathLike[str] | None, plot: str | os.PathLike[str] | None) -> None:
+def _check_given(
+    rank: int, ridge: float, keep_rest: str | os.PathLike[str] | None, plot: str | os.PathLike[str] | None
+) -> None:
+    check_arguments(rank, ridge)
     if keep_rest is not None:
         check_folder(keep_rest, "keep_rest")
     if plot is not None:
         check_folder(Path(plot).parent, "the folder of the plot")
 
 
-def _new_name(given: str | None, model: Any, chosen: Iterable[nn.Module]) -> str:
-    """The new adapter's name, checked to be free."""
+@alone
+def _new_name(given: str | None, model: Any, models: Mapping[str, nn.Module], work: Iterable[tuple[str, Slot]]) -> str:
+    """The new adapter's name, checked to be free in every component that it goes into."""
     name = given or free_name(adapted(model, required=False))
-    for one in dict.fromkeys(chosen):
-        check_new_name(registry_of(one, create=True), name)
+    for component in dict.fromkeys(component for component, _ in work):
+        check_new_name(registry_of(models[component], create=True), name)
     return name
+
+
+def _plans(pairs: Products, models: Mapping[str, nn.Module], name: str) -> list[Plan]:
+    """The compressed pairs of each component as an adapter, checked against its model."""
+    return [plan_load(models[c], as_adapter(models[c], found), name) for c, found in pairs.items()]
 
 
 def _work_of(lora: ReadLora, models: Mapping[str, nn.Module], inputs: Sequence[str] | None) -> list[tuple[str, Slot]]:
@@ -269,18 +274,13 @@ def _has_slots(model: nn.Module) -> bool:
 
 
 def _report(
-    name: str,
-    sites: list[SiteError],
-    lora: ReadLora,
-    rest: Products,
-    files: list[Path],
-    parameters: int,
+    plans: Sequence[Plan], sites: list[SiteError], lora: ReadLora, rest: Products, files: list[Path]
 ) -> CompressReport:
     whole = sum(site.norm**2 for site in sites)
     lost = sum((site.relative_error * site.norm) ** 2 for site in sites)
     left = sum(part.norm() ** 2 for modules in rest.values() for part in modules.values())
     return CompressReport(
-        name,
+        plans[0].report.adapter_name,
         tuple(sites),
         (lost / whole) ** 0.5 if whole else 0.0,
         ((lost + left) / (whole + left)) ** 0.5 if whole + left else 0.0,
@@ -288,16 +288,18 @@ def _report(
         (*lora.rest, *(module.name for module in lora.unknown)),
         tuple(files),
         tuple(module.name for module in lora.elsewhere),
-        parameters,
+        sum(plan.report.parameters for plan in plans),
         sum(p.numel for c, parts in lora.parts.items() for path, p in parts.items() if path not in rest.get(c, {})),
         lora.kinds(),
     )
 
 
-def _check_understood(lora: ReadLora, source: Any, models: Mapping[str, nn.Module]) -> None:
-    """Raise AdapterFileError for a file that would be half read."""
+def _check_understood(
+    lora: ReadLora, source: Any, models: Mapping[str, nn.Module], keep_rest: str | os.PathLike[str] | None
+) -> None:
+    """Raise AdapterFileError for a file that would be half read, unless the rest is kept."""
     unknown = [module.name for module in lora.unknown]
-    if not unknown and not lora.rest:
+    if keep_rest is not None or (not unknown and not lora.rest):
         return
     kinds = ", ".join(dict.fromkeys(type(m).__name__ for c, m in models.items() if c in lora.parts))
     parts = [f"{len(lora.rest)} keys are not understood ({some(lora.rest)})"] if lora.rest else []

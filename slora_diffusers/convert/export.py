@@ -101,9 +101,7 @@ def export_lora(
     chosen = _chosen(model_or_pipe, models, adapter_names, weights)
     models = {component: models[component] for component in chosen}
     _check_no_modules(models, chosen)
-    target = Target(models, pipeline, _origin(models, chosen))
-    check_format(format, target)
-    _warn_of_no_loader(format, target)
+    target = _target_of(format, models, pipeline, chosen)
     with reading(*models.values()):
         lora: Products = {c: equivalent_lora(model, chosen[c], format, track) for c, model in models.items()}
     lora = as_kohya(lora, target) if format == "kohya" else lora
@@ -115,6 +113,16 @@ def export_lora(
     return ExportReport(
         files=tuple(files), format=format, adapters=chosen, modules=len(parts), load=load, **sizes(parts, error, errors)
     )
+
+
+def _target_of(
+    format: str, models: Mapping[str, nn.Module], pipeline: Any, chosen: Mapping[str, dict[str, Weights]]
+) -> Target:
+    """Where the LoRA goes: the format reaches it, and what no loader reads there is warned of."""
+    target = Target(models, pipeline, _origin(models, chosen))
+    check_format(format, target)
+    _warn_of_no_loader(format, target)
+    return target
 
 
 def _check_no_modules(models: Mapping[str, nn.Module], chosen: Mapping[str, Iterable[str]]) -> None:
@@ -269,5 +277,5 @@ def _warn_of_no_loader(format: str, target: Target) -> None:
     if format == "diffusers" and without:
         warnings.warn(
             f"diffusers has no LoRA loader for {', '.join(without)}: format='peft' is what stock PEFT loads into it.",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.calls import ONE_VERB, alone
+from ..core.calls import alone
 from ..core.components import adapted, check_known, held_by, names_of, per_component
 from ..core.names import split_place, tensor_name
 from ..core.state import Weights, check_new_name, check_weights, names_with_weights, registry_of, weight_at
 from ..errors import AdapterFileError, AdapterStateError
 from ..files.fingerprint import same_base
 from ..files.format import AdapterFile, Component, library_version
-from ..files.load import apply_plans, plan_load
+from ..files.load import apply_plans
+from ..files.plan import Plan, plan_load
 from ..files.save import adapter_file
 from ..files.storage import check_finite
 from .lowrank import LowRank, Products, Sized, Track, check_rank, silently, sizes, total, truncate
@@ -75,10 +75,7 @@ def merge_serial_lora(
     check_known(models, chosen)
     sums, modules = _summed(models, chosen, new_name)
     sums, error, errors = truncate(sums, rank, track)
-    with ONE_VERB, nullcontext():
-        made = {c: with_modules(as_adapter(models[c], pairs), modules[c]) for c, pairs in sums.items()}
-        plans = [plan_load(models[c], part, new_name) for c, part in made.items()]
-        apply_plans(plans, weight=None)  # beside those that it sums, it would count twice
+    plans = _added(models, sums, modules, new_name)
     parts = [LowRank(A, B) for plan in plans for _, A, B in plan.matrices]
     return MergeReport(adapter_name=new_name, weights=chosen, pairs=len(parts), **sizes(parts, error, errors))
 
@@ -99,6 +96,17 @@ def _summed(
             sums |= weighted_sums(states)
             modules |= whole_modules(states)
     return sums, modules
+
+
+@alone
+def _added(
+    models: Mapping[str, nn.Module], sums: Products, modules: Mapping[str, dict[str, Tensor]], new_name: str
+) -> list[Plan]:
+    """Put the sum into every model, inactive: beside those that it sums, it would count twice."""
+    made = {c: with_modules(as_adapter(models[c], pairs), modules[c]) for c, pairs in sums.items()}
+    plans = [plan_load(models[c], part, new_name) for c, part in made.items()]
+    apply_plans(plans, weight=None)
+    return plans
 
 
 def merge_files(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -19,6 +19,11 @@ import torch
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 Sample = tuple[tuple[str, float | None], ...]
 """The adapters of one sample and their weights, None for the weight that is set; an empty one is the base."""
+
+
+def named_by(samples: Iterable[Sample] | None) -> set[str]:
+    """The adapters that samples name."""
+    return {name for sample in samples or () for name, _ in sample}
 
 
 @dataclass(frozen=True, eq=False)

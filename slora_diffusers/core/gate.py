@@ -12,7 +12,7 @@ import time
 from torch import nn
 
 from ..errors import AdapterStateError
-from .calls import WAITING, Call, CallState, between_verbs
+from .calls import WAITING, Call, CallState, between_verbs, named_by
 from .compiled import is_frozen, runs_compiled
 from .layer import SerialLoraPair
 from .running import others_run
@@ -88,7 +88,7 @@ def _each(call: Call) -> int:
 
 
 def _no_room(pairs: list[SerialLoraPair], call: Call) -> str:
-    names = sorted({name for sample in call.samples or () for name, _ in sample})
+    names = sorted(named_by(call.samples))
     ranks = {n: max((len(pair.matrices(n)[0]) for pair in pairs if n in pair.scaling), default=0) for n in names}
     room = next(pair.reserved for pair in pairs if pair.reserved is not None)
     return (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterStateError
 from .batch import batch_size, rows_of
-from .calls import Call, CallState
+from .calls import Call, CallState, named_by
 from .gate import open_gate
 from .layer import SerialLoraPair
 from .marks import mark, marks_of, unmark
@@ -194,7 +194,7 @@ def check_block(call: Call, state: CallState, names: Collection[str]) -> None:
             "The adapters were fused while a block was open that scales them, or chooses them per sample: fused "
             "weights do neither. Leave the block, or call unfuse_serial_lora() first."
         )
-    if gone := {name for sample in call.samples or () for name, _ in sample if name not in names}:
+    if gone := named_by(call.samples).difference(names):
         raise AdapterStateError(
             f"The adapters {sorted(gone)} were removed while a serial_lora_batch block was open that names them. Load "
             "them again, or leave the block."

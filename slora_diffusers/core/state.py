@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import SerialLoraConfig, matches
 from ..errors import AdapterStateError
-from .calls import CallState
+from .calls import CallState, named_by
 from .hooks import Followed
 from .layer import SerialLoraPair
 from .names import matrix_name, split_place, tensor_name
@@ -263,8 +263,7 @@ def check_not_inside(registry: Registry, what: str, names: Iterable[str] | None 
         names: Adapters that would go away, which no batch may name; None: none may be scaled either.
     """
     call = registry.call.current()
-    named = {name for sample in call.samples or () for name, _ in sample}
-    if named & set(names) if names is not None else call.scale != 1 or call.samples is not None:
+    if named_by(call.samples) & set(names) if names is not None else call.scale != 1 or call.samples is not None:
         raise AdapterStateError(
             f"Cannot {what} inside serial_lora_scale(), disable_serial_lora() or serial_lora_batch(), which choose "
             "adapters for the calls inside. Leave the block first."

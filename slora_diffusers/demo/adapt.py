@@ -12,7 +12,7 @@ from diffusers import DiTPipeline
 from diffusers.utils import logging
 from torch import nn
 
-from ..training.diffusion.processes import process_for
+from ..training.diffusion.processes import Process, process_for
 from ..training.randomness import generator
 from .glyphs import HELD_OUT_LETTERS, LETTERS, SEEN_LETTERS, Face, Jitter, glyph_images, to_pixels
 from .metrics import best_iou, nearest_glyph
@@ -72,7 +72,7 @@ def training_data(pipe: DiTPipeline, style: Face, setting: Setting) -> Data:
 
 def finetune(pipe: DiTPipeline, parameters: Iterable[nn.Parameter], style: Face, setting: Setting) -> Iterator[float]:
     """Trains `parameters` on the seen letters of `style`; yields the loss of every step."""
-    data, parameters = training_data(pipe, style, setting), list(parameters)
+    data, objective, parameters = training_data(pipe, style, setting), process_for(pipe.scheduler), list(parameters)
     optimizer = torch.optim.AdamW(parameters, setting.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -82,7 +82,7 @@ def finetune(pipe: DiTPipeline, parameters: Iterable[nn.Parameter], style: Face,
         cycle_momentum=False,
     )
     for step in range(setting.steps):
-        loss = _loss(pipe, data, setting, generator(setting.seed, "demo", step))
+        loss = _loss(pipe, objective, data, setting, generator(setting.seed, "demo", step))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -93,13 +93,14 @@ def finetune(pipe: DiTPipeline, parameters: Iterable[nn.Parameter], style: Face,
 
 def loss_over(pipe: DiTPipeline, data: Data, setting: Setting, batches: int) -> torch.Tensor:
     """The training loss over batches of its own, for a start from the gradient."""
+    objective = process_for(pipe.scheduler)
     draws = (generator(setting.seed, "demo start", number) for number in range(batches))
-    return torch.stack([_loss(pipe, data, setting, draw) for draw in draws]).mean()
+    return torch.stack([_loss(pipe, objective, data, setting, draw) for draw in draws]).mean()
 
 
-def _loss(pipe: DiTPipeline, data: Data, setting: Setting, draw: torch.Generator) -> torch.Tensor:
+def _loss(pipe: DiTPipeline, objective: Process, data: Data, setting: Setting, draw: torch.Generator) -> torch.Tensor:
     """The mean loss of one random batch."""
-    (latents, labels), objective = data, process_for(pipe.scheduler)
+    latents, labels = data
     chosen = torch.randint(len(latents), (setting.batch_size,), generator=draw)
     x0, c = latents[chosen], labels[chosen]
     c = c.masked_fill(torch.rand(len(c), generator=draw) < setting.label_dropout, NULL_CLASS)

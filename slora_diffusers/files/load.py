@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapters.attach import drop_empty_sites, freeze_base, put_in, take_out
 from ..adapters.lifecycle import remove_adapters
 from ..config import SerialLoraConfig
-from ..core.calls import ONE_VERB
+from ..core.calls import ONE_VERB, alone
 from ..core.change import changing
 from ..core.components import (
     DENOISER,
@@ -85,23 +85,40 @@ def load_serial_lora(
     check_hub_arguments(hub)
     models = components_of(model)
     weights = _weights_for(weight, models)
-    with ONE_VERB, nullcontext():  # said before the file is read
-        name = _name_for(adapted(model, required=False), adapter_name, hotswap)
-        if not is_pipeline(model) and not hotswap:
-            check_new_name(registry_of(model, create=True), name)
+    named = partial(_name_for, model, adapter_name, hotswap)
+    named()  # what is wrong with the name is said before the file is read
     file = AdapterFile.read(source, **hub)
     parts = _parts_for(model, models, file, strict, component)
     if component is None:
         file.warn_of_rest([key for key, part in file.components.items() if any(part is one for one in parts.values())])
-    with ONE_VERB, nullcontext():
-        name = _name_for(adapted(model, required=False), adapter_name, hotswap)
-        plans = {
-            c: plan_load(models[c], part, name, strict, config, component=c, hotswap=hotswap, trainable=is_trainable)
-            for c, part in parts.items()
-        }
-        left = _left_by(models, parts, name) if hotswap and component is None else []
-        apply_plans(list(plans.values()), [weights[c] if activate else None for c in plans], left)
-    return for_each(model, {component: plan.report for component, plan in plans.items()})
+    plan = partial(plan_load, strict=strict, config=config, hotswap=hotswap, trainable=is_trainable)
+    each = {c: weights[c] if activate else None for c in parts}
+    return for_each(model, _add(models, parts, named, plan, each, leaving=hotswap and component is None))
+
+
+@alone
+def _add(
+    models: Mapping[str, nn.Module],
+    parts: Mapping[str, Component],
+    named: Callable[[], str],
+    plan: Callable[..., Plan],
+    weights: Mapping[str, float | None],
+    leaving: bool,
+) -> dict[str, Any]:
+    """Check what goes into each component, then put all in; reports by component.
+
+    Args:
+        models: All components.
+        parts: What goes where.
+        named: Gives the adapter's name, which another thread may have taken since it was last asked.
+        plan: Checks one part.
+        weights: By component; None leaves it inactive.
+        leaving: Whether an adapter of that name goes from components that get no part.
+    """
+    name = named()
+    plans = {c: plan(models[c], part, name, component=c) for c, part in parts.items()}
+    apply_plans(list(plans.values()), [weights[c] for c in plans], _left_by(models, parts, name) if leaving else [])
+    return {component: one.report for component, one in plans.items()}
 
 
 def apply_plans(
@@ -138,10 +155,15 @@ def apply_plans(
         logger.log(logging.WARNING if skipped else logging.INFO, "Loaded %s", plan.report)
 
 
-def _name_for(holders: Mapping[str, nn.Module], given: str | None, hotswap: bool) -> str:
+@alone
+def _name_for(model: Any, given: str | None, hotswap: bool) -> str:
     """The adapter's name: the one that is given, the first free one, or the only one that can be replaced."""
+    holders = adapted(model, required=False)
     if not hotswap:
-        return free_name(holders) if given is None else given
+        name = free_name(holders) if given is None else given
+        if not is_pipeline(model):
+            check_new_name(registry_of(model, create=True), name)
+        return name
     if not holders:
         raise AdapterStateError("hotswap=True replaces an adapter, and there is none yet: load this one without it.")
     name = the_adapter(holders) if given is None else given
